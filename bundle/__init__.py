@@ -1,0 +1,1 @@
+"""The contract between conversion and daemon: manifest, sub-models, errors."""

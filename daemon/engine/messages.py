@@ -1,0 +1,176 @@
+"""What the daemon process and the engine process say to each other.
+
+One JSON object per line over a socket pair: commands go to the engine, events come back. `kind`
+says which. Nothing else crosses the border, so either side can die and be replaced.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+Role = Literal["system", "user", "assistant", "tool"]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EngineOptions(_Message):
+    """How the engine loads a bundle.
+
+    Attributes:
+        threads: intra-operator threads; None leaves the choice to ONNX Runtime.
+        context_length: tokens that one session's KV cache holds.
+        prefill_chunk: prompt tokens per prefill step; a cancel or switch waits for one chunk.
+    """
+
+    threads: Annotated[int, Field(ge=1, le=256)] | None = None
+    context_length: Annotated[int, Field(ge=16, le=131072)] = 4096
+    prefill_chunk: Annotated[int, Field(ge=1, le=4096)] = 128
+
+
+class Sampling(_Message):
+    """How the next token is chosen; temperature 0 is greedy, top_k 0 is no limit."""
+
+    max_tokens: Annotated[int, Field(ge=1, le=131072)] = 256
+    temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
+    top_k: Annotated[int, Field(ge=0)] = 64
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = ()
+
+
+class ChatMessage(_Message):
+    """One turn of the conversation, as the chat template takes it."""
+
+    role: Role
+    content: str
+
+
+# Commands: daemon -> engine
+
+
+class Start(_Message):
+    """Answer `messages` on `submodel`. Requests run in the order in which they are started."""
+
+    kind: Literal["start"] = "start"
+    id: str
+    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1)]
+    submodel: str
+    sampling: Sampling = Sampling()
+
+
+class Cancel(_Message):
+    """Stop request `id` within one step; `Finished` with reason `cancelled` follows."""
+
+    kind: Literal["cancel"] = "cancel"
+    id: str
+
+
+class SetSubmodel(_Message):
+    """Run on `submodel` from the next step on: the running request `id`, or all of them (None)."""
+
+    kind: Literal["set_submodel"] = "set_submodel"
+    submodel: str
+    id: str | None = None
+
+
+class Stop(_Message):
+    """End the engine process after the current step; unfinished requests are dropped."""
+
+    kind: Literal["stop"] = "stop"
+
+
+# Events: engine -> daemon
+
+
+class Ready(_Message):
+    """The bundle is loaded and requests may start."""
+
+    kind: Literal["ready"] = "ready"
+    load_seconds: float
+    context_length: int
+
+
+class Delta(_Message):
+    """More text of request `id`; `completion_tokens` counts all tokens of the answer so far."""
+
+    kind: Literal["delta"] = "delta"
+    id: str
+    text: str
+    completion_tokens: int
+    submodel: str
+
+
+class Switch(_Message):
+    """From the completion token with this index (0 based) on, the answer ran on `submodel`."""
+
+    token: int
+    submodel: str
+
+
+class Timings(_Message):
+    """Milliseconds spent on one request inside the engine."""
+
+    encode_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+class Finished(_Message):
+    """Request `id` ended; `text` is the whole answer, `switches` starts with the first size."""
+
+    kind: Literal["finished"] = "finished"
+    id: str
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    switches: tuple[Switch, ...]
+    timings: Timings
+
+
+class Failed(_Message):
+    """Request `id` failed with a wire code of `nestd.bundle.errors` and its sentence."""
+
+    kind: Literal["failed"] = "failed"
+    id: str
+    code: str
+    message: str
+
+
+class LoadFailed(_Message):
+    """The bundle could not be loaded; the process exits after saying so."""
+
+    kind: Literal["load_failed"] = "load_failed"
+    message: str
+
+
+class Stats(_Message):
+    """Sent about once a second while the engine works and once after it has become idle."""
+
+    kind: Literal["stats"] = "stats"
+    rss_bytes: int
+    private_bytes: int
+    decode_tokens_per_second: float | None
+    prefill_tokens_per_second: float | None
+    submodel: str | None
+
+
+class Exited(_Message):
+    """The engine process has ended (made by the daemon's side, never on the wire)."""
+
+    kind: Literal["exited"] = "exited"
+    returncode: int
+
+
+Command = Annotated[Start | Cancel | SetSubmodel | Stop, Field(discriminator="kind")]
+Event = Annotated[
+    Ready | Delta | Finished | Failed | LoadFailed | Stats | Exited, Field(discriminator="kind")
+]
+COMMANDS: TypeAdapter[Command] = TypeAdapter(Command)
+EVENTS: TypeAdapter[Event] = TypeAdapter(Event)
