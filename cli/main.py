@@ -18,14 +18,21 @@ from typing import Protocol
 from nestd.bundle.errors import NestdError
 
 # To add a command: write cli/<name>.py and add its name here.
-COMMANDS: tuple[str, ...] = ()
+COMMANDS: tuple[str, ...] = (
+    "check_config",
+    "profiles",
+)
 
 
 class Subparsers(Protocol):
     """What argparse's `add_subparsers()` returns, as far as a command needs it."""
 
     def add_parser(
-        self, name: str, *, help: str | None = None, description: str | None = None
+        self,
+        name: str,
+        *,
+        help: str | None = None,  # noqa: A002  (argparse's own name)
+        description: str | None = None,
     ) -> argparse.ArgumentParser:
         """Add the parser of the command `name`."""
 

@@ -1,0 +1,345 @@
+"""The whole configuration, typed: what may be set, in which unit, within which limits.
+
+Reading and layering are in `nestd.daemon.config`. A field with a default here does not depend on
+the board. A field without one does: its value is in a file of `device_profiles/`, and a comment
+there says why it is what it is. `None` means "no limit" or "unknown", never 0.
+
+Keys end in their unit: `_s` seconds, `_c` degrees Celsius, `_percent`, `_bytes` (sizes may be
+written 600M or 1.5G).
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from nestd.daemon.engine.messages import EngineOptions
+from nestd.daemon.units import ByteSize
+
+SECRET = {"secret": True}
+
+Percent = Annotated[float, Field(ge=0, le=100)]
+Seconds = Annotated[float, Field(ge=0, le=30 * 86400)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=30 * 86400)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _no_topic_magic(text: str) -> str:
+    """Refuse what MQTT 5 (section 4.7) forbids in a topic name, and blanks that nobody wants."""
+    bad = re.search(r"[+#\x00-\x20\x7f-\x9f]", text)
+    if bad:
+        raise ValueError(f"may not contain {bad[0]!r}: it becomes part of an MQTT topic")
+    return text
+
+
+def _node(text: str) -> str:
+    if "/" in text:
+        raise ValueError("may not contain '/': it is one level of an MQTT topic")
+    return _no_topic_magic(text)
+
+
+def _prefix(text: str) -> str:
+    if text.startswith("$"):
+        raise ValueError("may not start with '$': the broker keeps those topics to itself")
+    if text.startswith("/") or text.endswith("/") or "//" in text:
+        raise ValueError("may not start or end with '/' nor have an empty level")
+    return _no_topic_magic(text)
+
+
+def _topic_filter(text: str) -> str:
+    levels = text.split("/")
+    wrong = (
+        text.startswith("$")
+        or "\x00" in text
+        or any("+" in level and level != "+" for level in levels)
+        or any(
+            "#" in level and (level != "#" or i + 1 < len(levels)) for i, level in enumerate(levels)
+        )
+    )
+    if wrong:
+        raise ValueError("write an MQTT topic filter, for example clients/+/reply or home/#")
+    return text
+
+
+TopicFilter = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_topic_filter)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _in_order(section: Section, *keys: str) -> None:
+    """Raise unless the values of `keys` ascend."""
+    values = [getattr(section, key) for key in keys]
+    if values != sorted(values):
+        pairs = " <= ".join(keys)
+        raise PydanticCustomError("order", "must keep to {pairs}", {"keys": keys, "pairs": pairs})
+
+
+class MqttSettings(Section):
+    """The broker and how to talk to it.
+
+    Attributes:
+        password_file: a file whose first line is the password; the password itself is never here.
+        ca_file: certificates to trust instead of the system's.
+        max_payload_bytes: a larger message from a client is refused; the broker's own limit counts
+            too.
+        response_topics: topic filters that a Response Topic may match besides `clients/+/#`.
+    """
+
+    host: Annotated[str, Field(min_length=1, max_length=255)] = "localhost"
+    port: Annotated[int, Field(ge=1, le=65535)] = 1883
+    protocol: Annotated[Literal["5", "3.1.1"], BeforeValidator(str)] = "5"
+    username: Annotated[str, Field(json_schema_extra=SECRET)] | None = None
+    password_file: Annotated[Path, Field(json_schema_extra=SECRET)] | None = None
+    tls: bool = False
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Annotated[Path, Field(json_schema_extra=SECRET)] | None = None
+    prefix: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_prefix)] = "nestd"
+    client_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    keepalive_s: Annotated[int, Field(ge=5, le=65535)] = 30
+    session_expiry_s: Annotated[int, Field(ge=0, le=2**32 - 1)] = 7 * 86400
+    reconnect_min_s: Annotated[float, Field(gt=0, le=3600)] = 1.0
+    reconnect_max_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    max_payload_bytes: Annotated[ByteSize, Field(ge=1024, le=268_435_455)] = 1_000_000
+    response_topics: tuple[TopicFilter, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _in_order(self, "reconnect_min_s", "reconnect_max_s")
+        if (self.cert_file is None) != (self.key_file is None):
+            key = "key_file" if self.cert_file else "cert_file"
+            raise PydanticCustomError(
+                "tls", "set cert_file and key_file together", {"keys": (key,)}
+            )
+        if self.ca_file and not self.tls:
+            raise PydanticCustomError("tls", "needs `tls: true` beside it", {"keys": ("ca_file",)})
+        if self.cert_file and not self.tls:
+            raise PydanticCustomError(
+                "tls", "needs `tls: true` beside it", {"keys": ("cert_file",)}
+            )
+        return self
+
+
+class EngineSettings(Section):
+    """How the engine loads the bundle; see `EngineOptions` for the limits."""
+
+    threads: Annotated[int, Field(ge=1, le=256)] | None = None
+    context_length: Annotated[int, Field(ge=16, le=131072)]
+    prefill_chunk: Annotated[int, Field(ge=1, le=4096)]
+
+
+class LimitSettings(Section):
+    """What one client may ask of the node.
+
+    Attributes:
+        queue: requests that may wait; one more is answered 429.
+        max_tokens: cap on the tokens of one answer.
+        max_prompt_chars: characters of all text parts of a request.
+        json_depth: nesting of a request's JSON.
+    """
+
+    queue: Annotated[int, Field(ge=1, le=10_000)] = 16
+    default_expiry_s: PositiveSeconds = 300.0
+    max_expiry_s: PositiveSeconds = 86400.0
+    max_tokens: Annotated[int, Field(ge=1, le=131072)] = 1024
+    max_prompt_chars: Annotated[int, Field(ge=1)] = 100_000
+    json_depth: Annotated[int, Field(ge=4, le=64)] = 16
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _in_order(self, "default_expiry_s", "max_expiry_s")
+        return self
+
+
+class MemorySettings(Section):
+    """How much memory the model may plan with.
+
+    Attributes:
+        reserve_bytes: left to the other programs of the board, whatever happens.
+        grow_margin_bytes: what must be free on top before the plan grows (hysteresis).
+        overhead_bytes: private memory of both processes besides weights and KV cache.
+        encoder_overhead_bytes: working memory of an encoder while it runs, besides its weights.
+        min_context_length: tokens below which shrinking the context makes no sense.
+        max_concurrency: sessions that may be answered side by side.
+        pressure_percent: PSI `some avg10` from which the plan shrinks step by step.
+        pressure_full_percent: PSI `full avg10` from which it shrinks to the smallest at once.
+        encoder_unload_s: an encoder unused for so long is unloaded.
+    """
+
+    reserve_bytes: ByteSize
+    grow_margin_bytes: ByteSize
+    overhead_bytes: ByteSize
+    encoder_overhead_bytes: ByteSize
+    min_context_length: Annotated[int, Field(ge=16, le=131072)]
+    max_concurrency: Annotated[int, Field(ge=1, le=64)]
+    pressure_percent: Percent
+    pressure_full_percent: Percent
+    encoder_unload_s: Seconds
+
+
+class BatterySettings(Section):
+    """What a discharging battery does; on mains none of it counts.
+
+    Attributes:
+        supply: `auto` believes the sensors; `battery` is for a battery without a gauge (the plan
+            then stays at the saver size), `mains` for a gauge that is not the board's supply.
+        saver_percent: below it the plan keeps to `saver_ladder_percent` of the ladder.
+        low_percent: below it the smallest sub-model runs.
+        critical_percent: below it requests are answered 503 power_saver.
+        hysteresis_percent: how far above a threshold the charge must rise before it is left.
+    """
+
+    supply: Literal["auto", "mains", "battery"]
+    saver_percent: Percent
+    low_percent: Percent
+    critical_percent: Percent
+    hysteresis_percent: Percent
+    saver_ladder_percent: Percent
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _in_order(self, "critical_percent", "low_percent", "saver_percent")
+        return self
+
+
+class ThermalSettings(Section):
+    """Heat, measured against the temperature at which the board slows itself down.
+
+    Attributes:
+        throttle_c: that temperature; None takes the lowest passive trip point of the hottest zone.
+        soft_margin_c: so far below it the plan shrinks step by step.
+        hard_margin_c: so far below it the smallest sub-model runs at once, on fewer threads.
+        hysteresis_c: how far below the soft margin it must cool before the plan grows.
+    """
+
+    throttle_c: Annotated[float, Field(ge=30, le=150)] | None
+    soft_margin_c: Annotated[float, Field(ge=0, le=50)]
+    hard_margin_c: Annotated[float, Field(ge=0, le=50)]
+    hysteresis_c: Annotated[float, Field(ge=0, le=50)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _in_order(self, "hard_margin_c", "soft_margin_c")
+        return self
+
+
+class PowerSettings(Section):
+    """Watts and volts.
+
+    Attributes:
+        watt_cap: average draw above which the plan shrinks step by step, or None.
+        watt_hysteresis_percent: how far below the cap it must fall before the plan grows.
+        under_voltage_hold_s: after an under-voltage or over-current event the smallest sub-model
+            runs for so long.
+        constrained_threads: threads while the supply or the heat is critical (less peak current).
+        objective: `quality` answers on the largest plan; `joules_per_token` keeps to
+            `joules_ladder_percent` of the ladder unless a request asks for high effort.
+    """
+
+    watt_cap: Annotated[float, Field(gt=0)] | None
+    watt_hysteresis_percent: Percent
+    under_voltage_hold_s: Seconds
+    constrained_threads: Annotated[int, Field(ge=1, le=256)]
+    objective: Literal["quality", "joules_per_token"]
+    joules_ladder_percent: Percent
+
+
+class PaceSettings(Section):
+    """How fast the plan may move where no hard limit forces it.
+
+    Attributes:
+        step_interval_s: least time between two steps down.
+        max_step_down: rungs of one step down.
+        max_step_up: rungs of one step up.
+        grow_after_s: calm time before a step up.
+        grow_after_max_s: that time doubles, up to this, each time growing proved wrong.
+        backoff_reset_s: after so much calm the doubling is forgotten.
+    """
+
+    step_interval_s: Seconds
+    max_step_down: Count
+    max_step_up: Count
+    grow_after_s: Seconds
+    grow_after_max_s: Seconds
+    backoff_reset_s: Seconds
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _in_order(self, "grow_after_s", "grow_after_max_s")
+        return self
+
+
+class TaskSettings(Section):
+    """Which part of the ladder a request gets when it names no sub-model.
+
+    Attributes:
+        low_ladder_percent: for `effort: low`.
+        routine_ladder_percent: for `effort: auto` and a routine request: text only, a JSON answer,
+            and a prompt of at most `routine_prompt_tokens`.
+    """
+
+    low_ladder_percent: Percent
+    routine_ladder_percent: Percent
+    routine_prompt_tokens: Annotated[int, Field(ge=0)]
+
+
+class ElasticSettings(Section):
+    """What the policy decides with.
+
+    Attributes:
+        submodel: `auto`, or the name of the sub-model that the owner wants (limits still count).
+        max_submodel: never a larger one than this, by name.
+        max_effective_params: never a larger one than this, by size; the board's own cap.
+    """
+
+    submodel: Annotated[str, Field(min_length=1, max_length=64)] = "auto"
+    max_submodel: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    max_effective_params: Annotated[int, Field(ge=1)] | None
+    memory: MemorySettings
+    battery: BatterySettings
+    thermal: ThermalSettings
+    power: PowerSettings
+    pace: PaceSettings
+    task: TaskSettings
+
+
+class Settings(Section):
+    """The whole configuration of one node.
+
+    Attributes:
+        profile: name of the device profile in force (or the path of one of your own).
+        node: this node's level in topics; None takes the host name.
+        weights: `mapped` keeps weights in files that the kernel may drop and read again;
+            `resident` keeps them in private memory.
+    """
+
+    profile: str
+    node: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_node)] | None = None
+    bundle: Path | None = None
+    mqtt: MqttSettings = MqttSettings()
+    engine: EngineSettings
+    weights: Literal["mapped", "resident"]
+    limits: LimitSettings = LimitSettings()
+    elastic: ElasticSettings
+    health_interval_s: Annotated[float, Field(ge=1, le=86400)] = 60.0
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def node_name(self) -> str:
+        """`node`, or the host name with what a topic level cannot hold replaced by `-`."""
+        if self.node is not None:
+            return self.node
+        return re.sub(r"[+#/\x00-\x20\x7f-\x9f]", "-", socket.gethostname()) or "nestd"
+
+    def engine_options(self) -> EngineOptions:
+        """What the engine process is started with."""
+        return EngineOptions(**self.engine.model_dump())
