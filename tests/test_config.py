@@ -47,9 +47,9 @@ def test_without_any_file_the_detected_profile_and_the_defaults_hold(root: Path)
 def test_each_layer_overrides_the_one_below_and_is_named_as_the_origin(root: Path) -> None:
     path = write(
         root,
-        "profile: raspberry-pi-5-8gb\n"(
-            "mqtt:\n  host: broker.lan\n  port: 1884\nelastic:\n  memory:\n    reserve_bytes: 2G\n"
-        ),
+        "profile: raspberry-pi-5-8gb\n"
+        "mqtt:\n  host: broker.lan\n  port: 1884\n"
+        "elastic:\n  memory:\n    reserve_bytes: 2G\n",
     )
     explained = explain_settings(
         overrides={"mqtt.port": 1886, "node": None},
@@ -101,9 +101,13 @@ def test_a_section_whose_keys_are_all_commented_out_changes_nothing(root: Path) 
 def test_all_mistakes_are_reported_at_once_each_with_its_place(root: Path) -> None:
     write(
         root,
-        "mqtt:\n  hostt: broker.lan\n  port: 99999\nweights: swapped\nlimits: 5\n"(
-            "elastic:\n  memory: {reserve_bytes: lots}\n"
-        ),
+        "mqtt:\n"
+        "  hostt: broker.lan\n"
+        "  port: 99999\n"
+        "weights: swapped\n"
+        "limits: 5\n"
+        "elastic:\n"
+        "  memory: {reserve_bytes: lots}\n",
     )
     assert sorted(mistakes(root, environ={"NESTD_LOG_LEVEL": "loud"})) == sorted(
         [
