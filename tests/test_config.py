@@ -247,3 +247,13 @@ def test_check_config_leaves_with_status_2_and_the_mistakes(
     assert "command line: mqtt.port: should be a valid integer" in capsys.readouterr().err
     assert main(["check-config", "--set", "mqtt.port"]) == 2
     assert "write KEY=VALUE" in capsys.readouterr().err
+
+
+def test_every_key_is_described_in_the_documentation(root: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs/configuration.md").read_text()
+    missing = [
+        key
+        for key in explain_settings(environ={}, root=root).origins
+        if f"{key.rpartition('.')[2]}`" not in text
+    ]
+    assert missing == []
