@@ -1,0 +1,292 @@
+"""Checkpoint -> bundle, in numbered steps.
+
+The bundle is written in a directory beside its destination and renamed when it is whole, so an
+interrupted or failing conversion leaves nothing that looks like a bundle. Memory stays small at any
+model size: matrices stream in pieces of 64 MB.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, TextIO
+
+import yaml
+
+from nestd.bundle.errors import BundleError, CheckpointError
+from nestd.bundle.manifest import (
+    MANIFEST,
+    Bundle,
+    BundleFile,
+    Manifest,
+    ModelConfig,
+    Quantization,
+    Source,
+    sha256_file,
+)
+from nestd.bundle.submodels import Slice, check_slice, parse_slices, slices_for
+from nestd.conversion import assets
+from nestd.conversion.checkpoint import Checkpoint
+from nestd.conversion.costs import MINIMUM_CONTEXT, OVERHEAD_BYTES, cost, kv_cache_bytes
+from nestd.conversion.decoder import DecoderBytes, write_decoder
+from nestd.conversion.embeddings import (
+    EmbeddingTable,
+    write_embed_tokens,
+    write_per_layer_embeddings,
+)
+from nestd.conversion.model_config import read_model_config
+from nestd.conversion.progress import Progress
+from nestd.conversion.sources import resolve
+from nestd.conversion.weights import WeightFile
+
+SUBMODELS_FILE = "submodels.yaml"
+DEFAULT_BLOCK_SIZE = {4: 32, 8: 128, 32: 32}
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """What `nestd convert` may be told.
+
+    Attributes:
+        bits: of attention and feed-forward weights; 32 keeps float32, for comparisons.
+        block_size: weights that share a scale; None takes 128 at 8 bits and 32 at 4.
+        per_layer_embedding_bits: of the PLE table; None takes 8, or 32 where `bits` is 32.
+        submodels: a YAML file of sub-models; None takes submodels.yaml of the checkpoint, or what
+            the shape contains.
+    """
+
+    bits: Literal[4, 8, 32] = 8
+    block_size: int | None = None
+    per_layer_embedding_bits: Literal[4, 8, 32] | None = None
+    submodels: Path | None = None
+
+    def quantization(self) -> Quantization:
+        """Return the resolved widths."""
+        wide: Literal[8, 32] = 32 if self.bits == 32 else 8
+        block_size = self.block_size or DEFAULT_BLOCK_SIZE[self.bits]
+        if block_size < 16 or block_size & (block_size - 1):
+            raise CheckpointError(f"--block-size must be a power of two from 16, not {block_size}")
+        return Quantization(
+            bits=self.bits,
+            block_size=block_size,
+            embedding_bits=wide,
+            per_layer_embedding_bits=self.per_layer_embedding_bits or wide,
+        )
+
+
+def convert(source: str, destination: Path, options: ConvertOptions, log: TextIO) -> Bundle:
+    """Convert the checkpoint `source` to a new bundle at `destination`.
+
+    Args:
+        source: a directory, a Hugging Face repository id, or `kaggle:...`.
+        destination: a directory that does not exist yet.
+        options: widths and sub-models.
+        log: where progress and remarks go.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be converted; the sentence says why.
+        BundleError: the destination exists, or the disk is too small.
+    """
+    if destination.exists():
+        raise BundleError(f"{destination} exists already: remove it or choose another name")
+    path = resolve(source)
+    quantization = options.quantization()
+    with Checkpoint(path) as checkpoint:
+        nested, slices = _read_submodels(path, options.submodels)
+        model = read_model_config(checkpoint.config, nested)
+        slices = slices or slices_for(
+            model.intermediate_size, model.nested_intermediate_size, model.num_kv_shared_layers
+        )
+        for item in slices:
+            check_slice(item, model.num_layers, model.num_kv_shared_layers)
+        _check_disk(destination, checkpoint, quantization)
+        with _staging(destination) as staging:
+            writer = _Writer(checkpoint, model, quantization, staging, log)
+            writer.write_graphs()
+            writer.write_assets()
+            writer.write_manifest(slices, destination.name, source)
+            staging.rename(destination)
+    return Bundle.open(destination)
+
+
+class _Writer:
+    """Writes the parts of one bundle into a staging directory."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: ModelConfig,
+        quantization: Quantization,
+        staging: Path,
+        log: TextIO,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.model = model
+        self.quantization = quantization
+        self.staging = staging
+        self.log = log
+        self.sections: dict[str, int] = {}
+        self.decoder = DecoderBytes()
+
+    def write_graphs(self) -> None:
+        """Stream the three graphs and their weights."""
+        model, quantization = self.model, self.quantization
+        progress = Progress(_bytes_to_read(self.checkpoint, model), self.log)
+        self.checkpoint.on_bytes = progress.advance
+        block = quantization.block_size
+
+        # 1. The token table, which is the lm_head too.
+        with WeightFile(self.staging / "embed_tokens.data") as weights:
+            shape = (model.vocab_size, model.hidden_size)
+            tokens = EmbeddingTable.write(
+                self.checkpoint,
+                "embed_tokens.weight",
+                shape,
+                quantization.embedding_bits,
+                weights,
+                block,
+            )
+            write_embed_tokens(self.staging / "embed_tokens.onnx", model, weights, tokens)
+            self.sections["embed_tokens"] = weights.size
+
+        # 2. The per-layer embeddings, which stay on storage.
+        with WeightFile(self.staging / "per_layer_embeddings.data") as weights:
+            width = model.num_layers * model.hidden_size_per_layer_input
+            table = EmbeddingTable.write(
+                self.checkpoint,
+                "embed_tokens_per_layer.weight",
+                (model.vocab_size_per_layer_input, width),
+                quantization.per_layer_embedding_bits,
+                weights,
+                block,
+            )
+            path = self.staging / "per_layer_embeddings.onnx"
+            write_per_layer_embeddings(path, model, weights, table)
+            self.sections["per_layer_embeddings"] = weights.size
+
+        # 3. The decoder with every sub-model in it.
+        with WeightFile(self.staging / "decoder.data") as weights:
+            self.decoder = write_decoder(
+                self.staging / "decoder.onnx", self.checkpoint, model, quantization, weights, tokens
+            )
+            self.sections["decoder"] = weights.size
+        progress.finish()
+
+    def write_assets(self) -> None:
+        """Copy what the daemon needs to turn messages into ids and back."""
+        path = self.checkpoint.path
+        assets.copy_tokenizer(path, self.staging)
+        assets.write_licence(path, self.staging)
+        if not assets.write_chat_template(path, self.staging):
+            self.log.write(
+                "note: the checkpoint has no chat template, so the bundle completes plain text\n"
+            )
+
+    def write_manifest(self, slices: list[Slice], name: str, source: str) -> None:
+        """Digest every file and write the manifest, last."""
+        lm_head = self.sections["embed_tokens"]
+        submodels = sorted(
+            (cost(self.model, item, self.decoder, lm_head) for item in slices),
+            key=lambda item: item.effective_params,
+        )
+        cache = kv_cache_bytes(self.model, MINIMUM_CONTEXT)
+        manifest = Manifest(
+            format_version=1,
+            name=name,
+            source=Source(
+                checkpoint=source if not Path(source).is_dir() else self.checkpoint.path.name,
+                architecture=_architecture(self.checkpoint),
+                converter=f"nestd {version('nestd')}",
+            ),
+            model=self.model,
+            quantization=self.quantization,
+            modalities=("text",),
+            sections=self.sections,
+            submodels=tuple(submodels),
+            tokens=assets.read_tokens(self.checkpoint.path, self.checkpoint.config),
+            generation=assets.read_generation_defaults(self.checkpoint.path),
+            minimum_ram_bytes=submodels[0].decoder_bytes + cache + OVERHEAD_BYTES,
+            files={
+                file.name: BundleFile(bytes=file.stat().st_size, sha256=sha256_file(file))
+                for file in sorted(self.staging.iterdir())
+            },
+        )
+        text = manifest.model_dump_json(indent=1)
+        (self.staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _read_submodels(path: Path, chosen: Path | None) -> tuple[int | None, list[Slice]]:
+    """Return (nested width or None, sub-models or none) from a YAML file."""
+    file = chosen or path / SUBMODELS_FILE
+    if chosen is None and not file.is_file():
+        return None, []
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+    slices = parse_slices(document, str(file))
+    nested = document.get("nested_intermediate_size")
+    if nested is not None and (not isinstance(nested, int) or nested < 1):
+        raise CheckpointError(f"{file}: nested_intermediate_size must be a positive whole number")
+    return nested, slices
+
+
+def _bytes_to_read(checkpoint: Checkpoint, model: ModelConfig) -> int:
+    unused = tuple(
+        f"layers.{layer}.self_attn.{part}"
+        for layer in range(model.first_kv_shared_layer, model.num_layers)
+        for part in ("k_", "v_")
+    )
+    return sum(
+        info.nbytes for name, info in checkpoint.text.items() if not name.startswith(unused)
+    )
+
+
+def _architecture(checkpoint: Checkpoint) -> str:
+    names = checkpoint.config.get("architectures") or [checkpoint.config["model_type"]]
+    return str(names[0])
+
+
+def _check_disk(destination: Path, checkpoint: Checkpoint, quantization: Quantization) -> None:
+    """Refuse before the work starts what would end in a full disk."""
+    tables = ("embed_tokens.weight", "embed_tokens_per_layer.weight")
+    overhead = 4 / quantization.block_size if quantization.bits != 32 else 0.0
+    needed = 0.0
+    for name, info in checkpoint.text.items():
+        elements = info.nbytes / (4 if info.dtype == "F32" else 2)
+        bits = quantization.bits if name not in tables else quantization.embedding_bits
+        needed += elements * (bits / 8 + overhead)
+    parent = destination.absolute().parent
+    if not parent.is_dir():
+        raise BundleError(f"there is no directory {parent}: create it first")
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise BundleError(
+            f"the bundle needs {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free: "
+            "free some space or choose another disk"
+        )
+
+
+@contextmanager
+def _staging(destination: Path) -> Iterator[Path]:
+    """Yield a directory beside `destination` that is gone afterwards unless it was renamed."""
+    parent = destination.absolute().parent
+    staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=parent))
+    staging.chmod(0o755)
+    try:
+        yield staging
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise BundleError(
+                f"the disk of {parent} is full: free some space and convert again"
+            ) from error
+        raise
+    finally:
+        if staging.is_dir():
+            shutil.rmtree(staging)

@@ -1,0 +1,61 @@
+"""What every part of the decoder needs: the checkpoint, the numbers, and shared graph values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nestd.bundle.manifest import ModelConfig
+from nestd.conversion.checkpoint import Checkpoint
+from nestd.conversion.graph_builder import GraphBuilder
+from nestd.conversion.weights import Matrix, matrix
+
+
+@dataclass(slots=True)
+class DecoderContext:
+    """Passed to each part.
+
+    Attributes:
+        bits: of attention and feed-forward, which hold nearly all weights.
+        small_bits: of the projections around them, which are few and more sensitive: never 4.
+        rope: names of (cos, sin) caches by layer type.
+        query_shape, kv_shape: names of the shapes [B, S, width] that give rows their batch axis back.
+        no_kv: name of an empty key and value [B, 0, kv width] for layers without a cache.
+        wide_flags, kept_flags: names of each layer's bool [1].
+    """
+
+    checkpoint: Checkpoint
+    model: ModelConfig
+    bits: int
+    small_bits: int
+    rope: dict[str, tuple[str, str]] = field(default_factory=dict)
+    query_shape: str = ""
+    kv_shape: str = ""
+    no_kv: str = ""
+    wide_flags: list[str] = field(default_factory=list)
+    kept_flags: list[str] = field(default_factory=list)
+
+    @property
+    def query_width(self) -> int:
+        """Features of all query heads together."""
+        return self.model.num_attention_heads * self.model.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Features of all key heads together."""
+        return self.model.num_key_value_heads * self.model.head_dim
+
+    def matrix(self, name: str, rows: int, columns: int) -> Matrix:
+        """Return the whole weight `name`.weight, a matrix [rows, columns]."""
+        return matrix(self.checkpoint, f"{name}.weight", (rows, columns))
+
+    def small(self, graph: GraphBuilder, name: str, *shape: int, factor: float = 1.0) -> str:
+        """Add the small float32 tensor `name` of `shape`, times `factor`, to `graph`."""
+        value = self.checkpoint.tensor(name, shape)
+        return graph.weight(name, value if factor == 1.0 else value * np.float32(factor))
+
+    def norm(self, graph: GraphBuilder, x: str, name: str) -> str:
+        """RMS-normalise rows `x` [R, hidden] with the weight `name`.weight."""
+        scale = self.small(graph, f"{name}.weight", self.model.hidden_size)
+        return graph.rms_norm(x, scale, self.model.rms_norm_eps)

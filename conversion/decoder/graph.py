@@ -1,0 +1,227 @@
+"""The decoder graph: every sub-model in one, chosen by inputs at each run.
+
+Inputs (B sequences, S new tokens each, C cache capacity, L layers, P per-layer embedding width):
+    inputs_embeds float32 [B, S, hidden]; per_layer_inputs float32 [B, S, L, P];
+    past_key_values.{i}.key|value float32 [B, kv_heads, C, head_dim] of each layer that owns a cache;
+    seqlens_k int32 [B], tokens in the cache after this run minus one; total_sequence_length int32 [];
+    wide_layers bool [L]; kept_layers bool [L]; need_logits bool [1].
+Outputs:
+    logits float32 [B, vocab] of the last new token, [0, vocab] where need_logits is false;
+    present.{i}.key|value, to be bound to the same buffers as past_key_values.
+
+Behind the last layer that owns a cache only the last token of each sequence matters: those layers
+and the lm_head run on that row alone, and not at all unless logits are wanted.
+
+Source of the arithmetic: Gemma3nTextModel in transformers 4.57. The layout differs: activations are
+rows [B * S, features], the AltUp streams [B * S, A, hidden].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from nestd.bundle.manifest import ModelConfig, Quantization
+from nestd.conversion.checkpoint import Checkpoint
+from nestd.conversion.decoder.altup import merge, spread
+from nestd.conversion.decoder.context import DecoderContext
+from nestd.conversion.decoder.layer import decoder_layer
+from nestd.conversion.decoder.rope import rope_tables
+from nestd.conversion.embeddings import EmbeddingTable
+from nestd.conversion.graph_builder import GraphBuilder, tensor_info
+from nestd.conversion.weights import WeightFile, matrix
+
+
+@dataclass(slots=True)
+class DecoderBytes:
+    """Where the decoder's weight bytes are, lm_head not counted.
+
+    Attributes:
+        common: touched by every run, whatever the sub-model.
+        layers: per layer (narrow bytes, further bytes of the wide half).
+    """
+
+    common: int = 0
+    layers: list[tuple[int, int]] = field(default_factory=list)
+
+
+def write_decoder(
+    path: Path,
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    quantization: Quantization,
+    weights: WeightFile,
+    lm_head: EmbeddingTable,
+) -> DecoderBytes:
+    """Write the graph to `path` and its weights to `weights`; return where the bytes are."""
+    context = DecoderContext(
+        checkpoint, model, quantization.bits, 32 if quantization.bits == 32 else 8
+    )
+    graph = GraphBuilder("decoder", weights, quantization.block_size)
+    count = DecoderBytes()
+    _shared_values(context, graph)
+
+    # 1. The embeddings enter the AltUp streams.
+    rows = graph.reshape("inputs_embeds", -1, model.hidden_size)
+    per_layer_rows = graph.reshape(
+        "per_layer_inputs", -1, model.num_layers, model.hidden_size_per_layer_input
+    )
+    streams = spread(context, graph, rows)
+
+    # 2. Layers that own a KV cache see every token.
+    owners = range(model.first_kv_shared_layer)
+    per_layer = _per_layer_inputs(context, graph, rows, per_layer_rows, owners)
+    for layer in owners:
+        start = weights.size
+        streams, wide = decoder_layer(context, graph, layer, streams, per_layer[layer])
+        count.layers.append((weights.size - start - wide, wide))
+
+    # 3. The rest sees the last token of each sequence, if logits are wanted.
+    tail = graph.branch("tail")
+    logits = _tail(context, graph, tail, streams, lm_head, count)
+    nothing = graph.branch("no_logits")
+    empty = nothing.op("Identity", nothing.constant(np.zeros((0, model.vocab_size))))
+    graph.op(
+        "If",
+        "need_logits",
+        output="logits",
+        then_branch=tail.branch_graph([logits]),
+        else_branch=nothing.branch_graph([empty]),
+    )
+    count.common = weights.size - sum(narrow + wide for narrow, wide in count.layers)
+    graph.save(path, _inputs(model), _outputs(model))
+    return count
+
+
+def _shared_values(context: DecoderContext, graph: GraphBuilder) -> None:
+    """Add what layers of the whole graph, branches included, read by name."""
+    model = context.model
+    for kind, (cos, sin) in rope_tables(model).items():
+        context.rope[kind] = (
+            graph.weight(f"rope.{kind}.cos", cos),
+            graph.weight(f"rope.{kind}.sin", sin),
+        )
+    batch_sequence = graph.op("Shape", "inputs_embeds", start=0, end=2)
+    batch = graph.op("Shape", "inputs_embeds", start=0, end=1)
+    width = lambda *sizes: graph.constant(sizes, np.int64)  # noqa: E731
+    context.query_shape = graph.op("Concat", batch_sequence, width(context.query_width), axis=0)
+    context.kv_shape = graph.op("Concat", batch_sequence, width(context.kv_width), axis=0)
+    empty_shape = graph.op("Concat", batch, width(0, context.kv_width), axis=0)
+    context.no_kv = graph.op("ConstantOfShape", empty_shape)
+    for name, flags in (
+        ("wide_layers", context.wide_flags),
+        ("kept_layers", context.kept_flags),
+    ):
+        layers = model.num_layers
+        flags += graph.ops("Split", name, outputs=layers, axis=0, num_outputs=layers)
+
+
+def _per_layer_inputs(
+    context: DecoderContext, graph: GraphBuilder, rows: str, per_layer_rows: str, layers: range
+) -> dict[int, str]:
+    """Return the input [R, P] of each of `layers`: the projected embedding and the PLE row.
+
+    Args:
+        rows: embeddings [R, hidden].
+        per_layer_rows: PLE [R, L, P].
+    """
+    model = context.model
+    width = model.hidden_size_per_layer_input
+    if not layers:
+        return {}
+    source = matrix(
+        context.checkpoint,
+        "per_layer_model_projection.weight",
+        (model.num_layers * width, model.hidden_size),
+        rows=(layers.start * width, layers.stop * width),
+    )
+    name = f"per_layer_model_projection.{layers.start}"
+    projected = graph.linear(rows, name, source, context.small_bits)
+    # The projection's factor hidden_size^-0.5 cancels in the norm but for its epsilon.
+    normed = graph.rms_norm(
+        graph.reshape(projected, -1, len(layers), width),
+        context.small(graph, "per_layer_projection_norm.weight", width),
+        model.rms_norm_eps * model.hidden_size,
+    )
+    bounds = (graph.constant([bound], np.int64) for bound in (layers.start, layers.stop, 1))
+    embedded = graph.op("Slice", per_layer_rows, *bounds)
+    both = graph.op("Mul", graph.op("Add", normed, embedded), graph.constant(math.sqrt(0.5)))
+    pieces = graph.ops("Split", both, outputs=len(layers), axis=1, num_outputs=len(layers))
+    return {
+        layer: graph.reshape(piece, -1, width)
+        for layer, piece in zip(layers, pieces, strict=True)
+    }
+
+
+def _tail(
+    context: DecoderContext,
+    graph: GraphBuilder,
+    tail: GraphBuilder,
+    streams: str,
+    lm_head: EmbeddingTable,
+    count: DecoderBytes,
+) -> str:
+    """Run the layers without a cache, each behind its `kept` flag, and the lm_head."""
+    model = context.model
+    layers = range(model.first_kv_shared_layer, model.num_layers)
+    last = tail.constant(-1, np.int64)
+    shape = graph.op(
+        "Concat",
+        graph.op("Shape", "inputs_embeds", start=0, end=2),
+        graph.constant([model.altup_num_inputs, model.hidden_size], np.int64),
+        axis=0,
+    )
+    streams = tail.op("Gather", tail.op("Reshape", streams, shape), last, axis=1)
+    rows = tail.op("Gather", "inputs_embeds", last, axis=1)
+    per_layer_rows = tail.op("Gather", "per_layer_inputs", last, axis=1)
+    per_layer = _per_layer_inputs(context, tail, rows, per_layer_rows, layers)
+    for layer in layers:
+        start = tail.weights.size
+        kept, skipped = tail.branch(f"layers.{layer}"), tail.branch(f"layers.{layer}.skipped")
+        result, wide = decoder_layer(context, kept, layer, streams, per_layer[layer])
+        streams = tail.op(
+            "If",
+            context.kept_flags[layer],
+            then_branch=kept.branch_graph([result]),
+            else_branch=skipped.branch_graph([skipped.op("Identity", streams)]),
+        )
+        count.layers.append((tail.weights.size - start - wide, wide))
+    hidden = context.norm(tail, merge(context, tail, streams), "norm")
+    logits = lm_head.logits(tail, hidden)
+    if model.final_logit_softcapping is None:
+        return logits
+    cap = tail.constant(model.final_logit_softcapping)
+    return tail.op("Mul", tail.op("Tanh", tail.op("Div", logits, cap)), cap)
+
+
+def _cache_infos(model: ModelConfig, prefix: str) -> list[onnx.ValueInfoProto]:
+    shape = ["batch", model.num_key_value_heads, "capacity", model.head_dim]
+    return [
+        tensor_info(f"{prefix}.{layer}.{part}", TensorProto.FLOAT, shape)
+        for layer in range(model.first_kv_shared_layer)
+        for part in ("key", "value")
+    ]
+
+
+def _inputs(model: ModelConfig) -> list[onnx.ValueInfoProto]:
+    layers, width = model.num_layers, model.hidden_size_per_layer_input
+    return [
+        tensor_info("inputs_embeds", TensorProto.FLOAT, ["batch", "sequence", model.hidden_size]),
+        tensor_info("per_layer_inputs", TensorProto.FLOAT, ["batch", "sequence", layers, width]),
+        tensor_info("seqlens_k", TensorProto.INT32, ["batch"]),
+        tensor_info("total_sequence_length", TensorProto.INT32, []),
+        tensor_info("wide_layers", TensorProto.BOOL, [layers]),
+        tensor_info("kept_layers", TensorProto.BOOL, [layers]),
+        tensor_info("need_logits", TensorProto.BOOL, [1]),
+        *_cache_infos(model, "past_key_values"),
+    ]
+
+
+def _outputs(model: ModelConfig) -> list[onnx.ValueInfoProto]:
+    logits = tensor_info("logits", TensorProto.FLOAT, ["rows", model.vocab_size])
+    return [logits, *_cache_infos(model, "present")]

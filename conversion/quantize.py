@@ -1,0 +1,66 @@
+"""Blockwise symmetric quantisation of matrices, in NumPy.
+
+The layout is that of ONNX Runtime's MatMulNBits and GatherBlockQuantized without zero points: a row
+of K weights is cut into blocks of `block_size`, each with one float32 scale; values are unsigned
+with an implied zero of 2^(bits-1); two 4-bit values share a byte, the lower half first.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+MINIMUM_BLOCK = 16
+
+
+def block_for(columns: int, block_size: int) -> int | None:
+    """Return the largest block up to `block_size` that divides `columns`, None if all are too small.
+
+    Blocks are powers of two of at least 16 (ONNX Runtime's rule).
+    """
+    block = block_size
+    while block >= MINIMUM_BLOCK and columns % block:
+        block //= 2
+    return block if block >= MINIMUM_BLOCK else None
+
+
+def quantize(
+    weights: npt.NDArray[np.float32], bits: int, block_size: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """Quantise a matrix [rows, columns] to (packed, scales).
+
+    Returns:
+        packed: uint8 [rows, columns * bits / 8].
+        scales: float32 [rows, columns / block_size].
+    """
+    rows, columns = weights.shape
+    blocks = weights.reshape(rows, columns // block_size, block_size)
+    if bits == 8:
+        scales = np.abs(blocks).max(axis=-1) / np.float32(127)
+    else:
+        # The value of the largest magnitude maps to -8, so that all sixteen levels are used; its
+        # sign moves into the scale (llama.cpp's Q4_0 does the same).
+        index = np.abs(blocks).argmax(axis=-1)
+        scales = np.take_along_axis(blocks, index[..., None], axis=-1)[..., 0] / np.float32(-8)
+    zero = 1 << (bits - 1)
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    values = np.multiply(blocks, inverse[..., None])
+    np.rint(values, out=values)
+    values += zero
+    np.clip(values, 0, 2 * zero - 1, out=values)
+    packed = values.astype(np.uint8).reshape(rows, columns)
+    if bits == 4:
+        packed = packed[:, ::2] | (packed[:, 1::2] << 4)
+    return packed, scales.astype(np.float32)
+
+
+def dequantize(
+    packed: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32], bits: int
+) -> npt.NDArray[np.float32]:
+    """Undo `quantize`, with its rounding error left in: float32 [rows, columns]."""
+    if bits == 4:
+        packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(packed.shape[0], -1)
+    rows, columns = packed.shape
+    values = packed.astype(np.float32) - (1 << (bits - 1))
+    blocks = values.reshape(rows, scales.shape[1], columns // scales.shape[1])
+    return (blocks * scales[..., None]).reshape(rows, columns)
