@@ -1,1 +1,1 @@
-
+"""Messages -> token ids: chat template and tokenizer."""

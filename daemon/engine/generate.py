@@ -1,0 +1,118 @@
+"""One answer, step by step: prefill in chunks, then a token at a time.
+
+A step is the unit of everything that may happen meanwhile: between two steps the caller may cancel
+the generation or change its sub-model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from nestd.bundle.errors import TooLarge
+from nestd.bundle.manifest import Submodel
+from nestd.daemon.engine.graphs import Graphs
+from nestd.daemon.engine.messages import FinishReason, Sampling, Switch
+from nestd.daemon.engine.sampling import Sampler
+from nestd.daemon.engine.text import StreamingText
+
+
+class Generation:
+    """The running answer to one prompt.
+
+    Attributes:
+        submodel: what the next step runs on; assign to change it.
+        finish_reason: None while the answer runs.
+        completion_tokens: tokens sampled so far, the end token not counted.
+        switches: the sub-models of the answer's tokens.
+        prefill_seconds, decode_seconds: time spent in steps.
+    """
+
+    def __init__(
+        self,
+        graphs: Graphs,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        submodel: Submodel,
+        context_length: int,
+        prefill_chunk: int,
+    ) -> None:
+        """Prepare the answer; nothing runs yet.
+
+        Raises:
+            TooLarge: the prompt leaves no room for an answer within `context_length`.
+        """
+        room = context_length - len(prompt_ids)
+        if room < 1:
+            raise TooLarge(
+                f"the prompt has {len(prompt_ids)} tokens and this node's context is "
+                f"{context_length}: shorten it, or raise engine.context_length"
+            )
+        self.prompt_tokens = len(prompt_ids)
+        self.submodel = submodel
+        self.finish_reason: FinishReason | None = None
+        self.completion_tokens = 0
+        self.switches: list[Switch] = []
+        self.prefill_seconds = 0.0
+        self.decode_seconds = 0.0
+        self._graphs = graphs
+        self._pending = np.asarray(prompt_ids, np.int64)
+        self._chunk = prefill_chunk
+        self._max_tokens = min(sampling.max_tokens, room)
+        self._cache = graphs.new_cache(len(prompt_ids) + self._max_tokens)
+        self._sampler = Sampler(sampling, prompt_ids)
+        self._text = StreamingText(tokenizer, sampling.stop)
+        self._eos = frozenset(graphs.bundle.manifest.tokens.eos)
+
+    @property
+    def text(self) -> str:
+        """The answer so far."""
+        return self._text.text
+
+    @property
+    def prefilling(self) -> bool:
+        """The prompt has not been read to its end."""
+        return self._cache.length < self.prompt_tokens
+
+    def step(self) -> str:
+        """Run one prefill chunk or one token; return the new text, often ""."""
+        if self.finish_reason:
+            raise ValueError("the answer has ended")
+        start = time.monotonic()
+        prefilling = self.prefilling
+        submodel = self.submodel
+        chunk, self._pending = self._pending[: self._chunk], self._pending[self._chunk :]
+        logits = self._graphs.run(chunk, self._cache, submodel, need_logits=not len(self._pending))
+        piece = "" if logits is None else self._take(self._sampler.sample(logits), submodel)
+        elapsed = time.monotonic() - start
+        if prefilling:
+            self.prefill_seconds += elapsed
+        else:
+            self.decode_seconds += elapsed
+        return piece
+
+    def cancel(self) -> str:
+        """End the answer here; return the text that was held back."""
+        return self._end("cancelled")
+
+    def _take(self, token: int, submodel: Submodel) -> str:
+        if token in self._eos:
+            return self._end("stop")
+        if not self.switches or self.switches[-1].submodel != submodel.name:
+            self.switches.append(Switch(token=self.completion_tokens, submodel=submodel.name))
+        self.completion_tokens += 1
+        piece = self._text.push(token)
+        if self._text.stopped:
+            return piece + self._end("stop")
+        if self.completion_tokens == self._max_tokens:
+            return piece + self._end("length")
+        self._pending = np.array([token], np.int64)
+        return piece
+
+    def _end(self, reason: FinishReason) -> str:
+        self.finish_reason = reason
+        return self._text.finish()
