@@ -1,0 +1,166 @@
+"""Requests meet the engine: which one runs next, and what the engine's events mean for them."""
+
+from __future__ import annotations
+
+import logging
+
+from nestd.bundle.errors import Cancelled, Internal, Loading, RequestError, request_error
+from nestd.bundle.manifest import Manifest
+from nestd.daemon.engine.messages import (
+    Cancel,
+    Delta,
+    Event,
+    Exited,
+    Failed,
+    Finished,
+    LoadFailed,
+    SetSubmodel,
+    Start,
+    Stats,
+)
+from nestd.daemon.intake import Intake
+from nestd.daemon.mqtt.parse import chat_messages
+from nestd.daemon.replies import Replies
+from nestd.daemon.requests import RequestBook, RequestRecord
+from nestd.daemon.selection import Choice, Selection, sampling_of
+from nestd.daemon.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+# A request that killed the engine so often is answered 500 (docs/mqtt.md, delivery rule 2).
+DEADLY_ATTEMPTS = 3
+
+
+class Dispatch:
+    """Starts requests on the engine, one at a time, and turns its events into replies."""
+
+    def __init__(
+        self,
+        book: RequestBook,
+        supervisor: Supervisor,
+        replies: Replies,
+        selection: Selection,
+        intake: Intake,
+        manifest: Manifest,
+        max_tokens: int,
+    ) -> None:
+        self._book = book
+        self._supervisor = supervisor
+        self._replies = replies
+        self._selection = selection
+        self._intake = intake
+        self._manifest = manifest
+        self._max_tokens = max_tokens
+        self.stats: Stats | None = None
+        self.choice: Choice = selection.choose("auto", "auto")
+
+    def start_next(self, now: float) -> None:
+        """Give the engine the next request if it has none."""
+        while self._supervisor.state == "ready" and not self._book.running:
+            record = self._book.next_waiting()
+            if record is None or record.request is None:
+                return
+            request = record.request
+            try:
+                choice = self._selection.choose(request.submodel, request.effort)
+                sampling = sampling_of(request, self._manifest.generation, self._max_tokens)
+                messages = chat_messages(request)
+            except RequestError as error:
+                self._replies.error(record, error)
+                continue
+            self.choice = choice
+            engine_id = self._book.start(record, choice.submodel, now)
+            self._supervisor.send(
+                Start(
+                    id=engine_id,
+                    messages=messages,
+                    submodel=choice.submodel,
+                    sampling=sampling,
+                )
+            )
+
+    def handle(self, event: Event, now: float) -> None:
+        """React to an event of the present engine process."""
+        if isinstance(event, Delta):
+            record = self._book.by_engine_id(event.id)
+            if record is not None and record.state == "running":
+                record.submodel = event.submodel
+                if record.request is not None and record.request.stream:
+                    self._replies.delta(record, event)
+        elif isinstance(event, Finished | Failed):
+            record = self._book.leave_engine(event.id)
+            if record is not None and record.state == "running":
+                self._conclude(record, event, now)
+        elif isinstance(event, Stats):
+            self.stats = event
+        elif isinstance(event, Exited):
+            self._engine_died(event)
+        elif isinstance(event, LoadFailed) and self._supervisor.degraded is not None:
+            self.refuse_waiting()
+
+    def cancel(self, record: RequestRecord) -> None:
+        """End a request at its client's wish; the engine drops it within one step."""
+        self._end_early(record)
+        self._replies.error(record, Cancelled("the client cancelled the request"))
+
+    def expire(self, now: float) -> None:
+        """End what has outlived its deadline."""
+        for record in self._book.expired(now):
+            if record.state != "ended":
+                self._end_early(record)
+            self._replies.too_late(record)
+        self._book.forget_expired(now)
+
+    def set_submodel(self, choice: Choice, record: RequestRecord | None = None) -> None:
+        """Run on another sub-model from the next token on: one running answer, or all of them."""
+        if record is None:
+            self._supervisor.send(SetSubmodel(submodel=choice.submodel))
+            self.choice = choice
+        elif record.engine_id is not None:
+            self._supervisor.send(SetSubmodel(submodel=choice.submodel, id=record.engine_id))
+
+    def refuse_waiting(self) -> None:
+        """The engine does not load: tell everybody who waits for it."""
+        for record in self._book.waiting:
+            self._replies.refuse(record, self.unavailable() or Loading("the model is loading"))
+
+    def unavailable(self) -> RequestError | None:
+        """Why no request can be taken now, or None."""
+        reason = self._supervisor.degraded
+        if reason is None:
+            return None
+        return Loading(f"the engine cannot load the bundle: {reason}", retry_after_ms=60_000)
+
+    def _conclude(self, record: RequestRecord, event: Finished | Failed, now: float) -> None:
+        if isinstance(event, Failed):
+            self._replies.error(record, request_error(event.code, event.message))
+        elif event.finish_reason == "cancelled":
+            self._replies.error(record, Cancelled("the engine was told to drop the request"))
+        else:
+            self._replies.done(record, event, now)
+            self._intake.answered_in((now - (record.started or now)) * 1000)
+
+    def _end_early(self, record: RequestRecord) -> None:
+        if record.engine_id is not None:
+            self._supervisor.send(Cancel(id=record.engine_id))
+
+    def _engine_died(self, event: Exited) -> None:
+        self.stats = None
+        for record in self._book.running:
+            if record.engine_id is not None:
+                self._book.leave_engine(record.engine_id)
+            if record.state != "running":
+                continue
+            record.deaths += 1
+            if record.deaths >= DEADLY_ATTEMPTS:
+                sentence = (
+                    f"the engine died {record.deaths} times over this request (last with status "
+                    f"{event.returncode}): send something else; the log has the cause"
+                )
+                self._replies.error(record, Internal(sentence))
+            else:
+                log.warning("request %s runs again: attempt %d", record.id, record.attempt + 1)
+                self._book.wait_again(record)
+                self._replies.accepted(record)
+        if self._supervisor.degraded is not None:
+            self.refuse_waiting()

@@ -1,0 +1,314 @@
+"""The messages of the MQTT contract as models (docs/mqtt.md: Request, Events, Control, State).
+
+Every JSON object that nestd reads or writes over MQTT is one of these; `schemas()` gives their JSON
+schemas. Unknown keys are errors. Reading bytes into a model is `parse.py`'s business.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nestd.daemon.engine.messages import FinishReason, Role, Switch
+
+MAX_ID = 128
+Id = Annotated[str, Field(min_length=1, max_length=MAX_ID, pattern=r"^[\x21-\x7e]+$")]
+Effort = Literal["low", "auto", "high"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# Requests
+
+
+class TextPart(_Model):
+    """A piece of text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class MediaPart(_Model):
+    """A medium, as base64 `data` or as the id of an uploaded blob."""
+
+    type: Literal["image", "audio", "video"]
+    data: str | None = None
+    blob: str | None = None
+    content_type: str | None = None
+
+
+Part = Annotated[TextPart | MediaPart, Field(discriminator="type")]
+
+
+class RequestMessage(_Model):
+    """One turn: a plain string or a list of parts."""
+
+    role: Role
+    content: str | tuple[Part, ...]
+
+
+class ResponseFormat(_Model):
+    """The form of the answer."""
+
+    type: Literal["text"] = "text"
+
+
+class Request(_Model):
+    """What `<b>/request/generate` takes. A sampling value left out is the model's own default."""
+
+    id: Id | None = None
+    messages: Annotated[tuple[RequestMessage, ...], Field(min_length=1, max_length=256)]
+    submodel: Annotated[str, Field(min_length=1, max_length=64)] = "auto"
+    effort: Effort = "auto"
+    max_tokens: Annotated[int, Field(ge=1, le=131072)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=10)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stop: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=256)], ...], Field(max_length=16)
+    ] = ()
+    response_format: ResponseFormat = ResponseFormat()
+    stream: bool = False
+    expires_in: Annotated[float, Field(gt=0)] | None = None
+    reply_to: str | None = None
+    priority: Annotated[int, Field(ge=0, le=9)] = 4
+
+
+# Events
+
+
+class Accepted(_Model):
+    """The request is valid and waits; `ahead` requests run or wait before it."""
+
+    id: str
+    event: Literal["accepted"] = "accepted"
+    attempt: int
+    seq: int
+    ahead: int
+
+
+class Delta(_Model):
+    """More text. Sent with QoS 0 and only where the request says `stream`."""
+
+    id: str
+    event: Literal["delta"] = "delta"
+    attempt: int
+    seq: int
+    text: str
+    completion_tokens: int
+    submodel: str
+
+
+class Usage(_Model):
+    """Tokens of the prompt and of the answer."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Timings(_Model):
+    """Milliseconds: waiting for the engine, media to features, prompt, answer."""
+
+    queue_ms: float
+    encode_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+class Done(_Model):
+    """The whole answer; `joules` is null where the board cannot tell."""
+
+    id: str
+    event: Literal["done"] = "done"
+    attempt: int
+    seq: int
+    text: str
+    finish_reason: FinishReason
+    submodel: str
+    switches: tuple[Switch, ...]
+    usage: Usage
+    timings: Timings
+    joules: float | None = None
+
+
+class Error(_Model):
+    """The request failed; `id` is null where none could be read."""
+
+    id: str | None
+    event: Literal["error"] = "error"
+    attempt: int
+    seq: int
+    code: str
+    status: int
+    message: str
+    retry_after_ms: int | None = None
+
+
+# Control
+
+
+class CancelRequest(_Model):
+    """Cancel the request `id`; `client` tells clients apart that use the same id."""
+
+    transaction: str | int | None = None
+    reply_to: str | None = None
+    id: Id
+    client: str | None = None
+
+
+class SubmodelRequest(_Model):
+    """Run on `submodel` from the next token on: one request, or all and those to come."""
+
+    transaction: str | int | None = None
+    reply_to: str | None = None
+    submodel: Annotated[str, Field(min_length=1, max_length=64)]
+    id: Id | None = None
+    client: str | None = None
+
+
+class ModalityRequest(_Model):
+    """Load or unload an encoder."""
+
+    transaction: str | int | None = None
+    reply_to: str | None = None
+    modality: Literal["vision", "audio"]
+    enabled: bool
+
+
+class HealthRequest(_Model):
+    """Ask for the health figures now."""
+
+    transaction: str | int | None = None
+    reply_to: str | None = None
+
+
+class ControlError(_Model):
+    """Why a control request failed."""
+
+    code: str
+    status: int
+    message: str
+
+
+class ControlReply(_Model):
+    """The reply to a control request; `transaction` is the request's own."""
+
+    transaction: str | int | None
+    ok: bool
+    data: dict[str, Any] | None = None
+    error: ControlError | None = None
+
+
+# What a node says about itself
+
+Phase = Literal["starting", "loading", "ready", "degraded", "draining"]
+
+
+class Availability(_Model):
+    """Birth and last will; both carry the same `boot` and the connection's number `n`."""
+
+    state: Literal["online", "offline"]
+    boot: str
+    n: int
+
+
+class Queue(_Model):
+    """How many requests run, wait and may wait."""
+
+    running: int
+    waiting: int
+    limit: int
+
+
+class State(_Model):
+    """What the node does now, and why; a reason that does not apply is null."""
+
+    phase: Phase
+    phase_reason: str | None
+    submodel: str | None
+    submodel_reason: str
+    modalities: tuple[str, ...]
+    queue: Queue
+    power_reason: str | None
+    memory_reason: str | None
+
+
+class Counters(_Model):
+    """Counts since the daemon started."""
+
+    accepted: int = 0
+    done: int = 0
+    errors: dict[str, int] = {}
+    completion_tokens: int = 0
+    engine_exits: int = 0
+    connections: int = 0
+    sessions_lost: int = 0
+    dropped_deltas: int = 0
+
+
+class Health(_Model):
+    """Figures of the moment; null means that this board cannot tell."""
+
+    uptime_seconds: float
+    rss_bytes: int
+    engine_rss_bytes: int | None
+    memory_available_bytes: int | None
+    memory_pressure_percent: float | None
+    temperature_celsius: float | None
+    volts: float | None
+    watts: float | None
+    decode_tokens_per_second: float | None
+    prefill_tokens_per_second: float | None
+    joules_per_token: float | None
+    counters: Counters
+
+
+class InfoLimits(_Model):
+    """What a client has to stay below."""
+
+    request_bytes: int
+    json_depth: int
+    queue: int
+    max_tokens: int
+    context_length: int
+    default_expiry_seconds: float
+    maximum_expiry_seconds: float
+
+
+class InfoSubmodel(_Model):
+    """One size of the bundle."""
+
+    name: str
+    effective_params: int
+    decoder_bytes: int
+    mmlu_percent: float | None
+
+
+class Info(_Model):
+    """What the node is; changes only when it starts anew or loads another bundle."""
+
+    node: str
+    boot: str
+    versions: dict[str, str]
+    bundle: str
+    submodels: tuple[InfoSubmodel, ...]
+    modalities: tuple[str, ...]
+    limits: InfoLimits
+    config: dict[str, Any]
+    schemas: dict[str, Any]
+
+
+PUBLIC: tuple[type[BaseModel], ...] = (
+    Request, Accepted, Delta, Done, Error,
+    CancelRequest, SubmodelRequest, ModalityRequest, HealthRequest, ControlReply,
+    Availability, State, Health, Info,
+)  # fmt: skip
+
+
+def schemas() -> dict[str, Any]:
+    """Return the JSON schema of every message, by the model's name."""
+    return {model.__name__: model.model_json_schema() for model in PUBLIC}

@@ -1,0 +1,252 @@
+"""Bytes of a message -> a request or a control request (docs/mqtt.md, Request).
+
+Two steps, so that even a broken request is answered where its sender listens: `read_envelope` finds
+where the answer goes and under which id; `read_request` and `read_control` then judge the content.
+Bytes and nesting are bounded before any JSON is decoded (delivery rule 10).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from nestd.bundle.errors import (
+    BadRequest,
+    ModalityUnavailable,
+    RequestError,
+    TooLarge,
+    UnsupportedMedia,
+)
+from nestd.daemon.engine.messages import ChatMessage
+from nestd.daemon.mqtt.contract import MAX_ID, MediaPart, Request, RequestMessage
+from nestd.daemon.mqtt.packets import Received
+from nestd.daemon.mqtt.topics import Topics, Verb, client_of
+
+JSON_TYPE = "application/json"
+
+# Strings first, so that brackets inside them do not count. The closing quote is optional: an
+# unterminated string takes the rest, and no input makes this scan more than once.
+_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?+|[\[{]|[\]}]', re.DOTALL)
+
+_ModelT = TypeVar("_ModelT", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class ParseLimits:
+    """Bounds of one message."""
+
+    max_bytes: int
+    max_depth: int
+    max_prompt_chars: int
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """Where an answer goes.
+
+    Attributes:
+        id: the request's own id, or else made of its correlation data; None if it has neither.
+        problem: what is wrong with the message, or None.
+        fields: the JSON object with user properties laid over it; empty if there is a problem.
+        fingerprint: tells two payloads under the same id apart.
+    """
+
+    response_topic: str
+    correlation_data: bytes | None
+    client: str
+    id: str | None
+    problem: RequestError | None
+    fields: dict[str, Any]
+    fingerprint: bytes
+
+
+def check_depth(payload: bytes, limit: int) -> None:
+    """Raise BadRequest if brackets nest deeper than `limit`, without decoding anything."""
+    depth = 0
+    for match in _TOKENS.finditer(payload):
+        token = match[0]
+        if token in (b"[", b"{"):
+            depth += 1
+            if depth > limit:
+                raise BadRequest(f"the JSON nests deeper than {limit} levels: flatten it")
+        elif token in (b"]", b"}"):
+            depth -= 1
+
+
+def read_json(payload: bytes, limits: ParseLimits) -> dict[str, Any]:
+    """Return the JSON object in `payload`.
+
+    Raises:
+        TooLarge: more bytes than allowed.
+        BadRequest: not a JSON object, or nested too deeply.
+    """
+    if len(payload) > limits.max_bytes:
+        raise TooLarge(
+            f"the payload has {len(payload)} bytes, the limit is {limits.max_bytes}: send less"
+        )
+    check_depth(payload, limits.max_depth)
+    try:
+        fields = json.loads(payload, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the payload is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise BadRequest("the payload must be a JSON object, for example {}")
+    return fields
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def read_envelope(received: Received, verb: Verb, topics: Topics, limits: ParseLimits) -> Envelope:
+    """Find out where the answer to `received` goes; never raises on account of its content."""
+    fields: dict[str, Any] = {}
+    problem: RequestError | None = None
+    try:
+        if received.content_type not in (None, "", JSON_TYPE):
+            raise UnsupportedMedia(
+                f"content type {received.content_type!r} is not supported: send {JSON_TYPE}"
+            )
+        fields = read_json(received.payload, limits)
+    except RequestError as error:
+        problem = error
+    fields = _overlay(fields, received.user_properties)
+
+    reply_to = received.response_topic or fields.get("reply_to")
+    response_topic = topics.response(verb)
+    if reply_to is not None and reply_to != "":
+        try:
+            if not isinstance(reply_to, str):
+                raise BadRequest("reply_to must be a string: name a topic")
+            response_topic = topics.check_response_topic(reply_to)
+        except BadRequest as error:
+            problem = problem or error
+    own_id = fields.get("id")
+    return Envelope(
+        response_topic=response_topic,
+        correlation_data=received.correlation_data,
+        client=client_of(response_topic),
+        id=own_id if _is_id(own_id) else _id_of_correlation(received.correlation_data),
+        problem=problem,
+        fields={} if problem else fields,
+        fingerprint=_fingerprint(received),
+    )
+
+
+def _overlay(
+    fields: dict[str, Any], user_properties: tuple[tuple[str, str], ...]
+) -> dict[str, Any]:
+    """Lay user properties over the JSON fields; `stop` may come several times."""
+    result = dict(fields)
+    stops = [value for name, value in user_properties if name == "stop"]
+    result.update(user_properties)
+    if stops:
+        result["stop"] = stops
+    return result
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(rf"[\x21-\x7e]{{1,{MAX_ID}}}", value) is not None
+
+
+def _id_of_correlation(correlation_data: bytes | None) -> str | None:
+    """Correlation data that reads as an id is the id; other bytes become hexadecimal."""
+    if not correlation_data:
+        return None
+    text = correlation_data.decode("ascii", errors="replace")
+    if _is_id(text):
+        return text
+    if len(correlation_data) <= MAX_ID // 2:
+        return correlation_data.hex()
+    return hashlib.sha256(correlation_data).hexdigest()
+
+
+def _fingerprint(received: Received) -> bytes:
+    digest = hashlib.sha256(received.payload)
+    for pair in received.user_properties:
+        digest.update(json.dumps(pair).encode())
+    return digest.digest()
+
+
+def read_request(envelope: Envelope, limits: ParseLimits) -> Request:
+    """Return the request in `envelope`.
+
+    Raises:
+        RequestError: what is wrong with it, in one sentence.
+    """
+    if envelope.problem is not None:
+        raise envelope.problem
+    fields = envelope.fields
+    if isinstance(fields.get("messages"), str):  # as a user property it is JSON in a string
+        try:
+            check_depth(fields["messages"].encode(), limits.max_depth)
+            fields = {**fields, "messages": json.loads(fields["messages"])}
+        except (ValueError, RecursionError) as error:
+            raise BadRequest(f"messages is not valid JSON: {error}") from error
+    request = _validate(Request, fields)
+    size = sum(len(text) for message in request.messages for text in _texts(message))
+    if size > limits.max_prompt_chars:
+        raise TooLarge(
+            f"the messages have {size} characters, the limit is {limits.max_prompt_chars}: shorten "
+            "them"
+        )
+    return request
+
+
+def read_control(model: type[_ModelT], envelope: Envelope) -> _ModelT:
+    """Return the control request in `envelope`, or raise RequestError."""
+    if envelope.problem is not None:
+        raise envelope.problem
+    return _validate(model, envelope.fields)
+
+
+def _validate(model: type[_ModelT], fields: dict[str, Any]) -> _ModelT:
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise BadRequest(_sentence(model, error)) from error
+
+
+def _sentence(model: type[BaseModel], error: ValidationError) -> str:
+    """Describe the first problem without quoting any value: prompts do not belong in errors."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        if len(first["loc"]) == 1:
+            return f"unknown key {where!r}: the keys are {', '.join(sorted(model.model_fields))}"
+        return f"unknown key {where!r}: leave it out"
+    if first["type"] == "missing":
+        return f"{where} is missing: add it"
+    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _texts(message: RequestMessage) -> list[str]:
+    if isinstance(message.content, str):
+        return [message.content]
+    return [part.text for part in message.content if not isinstance(part, MediaPart)]
+
+
+def chat_messages(request: Request) -> tuple[ChatMessage, ...]:
+    """Return the request's messages as the engine takes them.
+
+    Raises:
+        ModalityUnavailable: a part is an image, a sound or a video; this bundle has no encoder.
+    """
+    for message in request.messages:
+        if isinstance(message.content, str):
+            continue
+        for part in message.content:
+            if isinstance(part, MediaPart):
+                raise ModalityUnavailable(
+                    f"this bundle takes text only: leave the {part.type} out, or ask a node whose "
+                    "info lists the modality"
+                )
+    return tuple(
+        ChatMessage(role=message.role, content="".join(_texts(message)))
+        for message in request.messages
+    )

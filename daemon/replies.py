@@ -1,0 +1,185 @@
+"""Events to clients: built from a record, numbered, and sent (docs/mqtt.md, Events and Errors).
+
+`accepted` goes out with QoS 1, `delta` with QoS 0, `done` and `error` through `Delivery`, which
+holds the request's PUBACK back until the broker has them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from pydantic import BaseModel
+
+from nestd.bundle.errors import Expired, RequestError, TooLarge
+from nestd.daemon.delivery import Delivery, Final
+from nestd.daemon.engine.messages import Delta as EngineDelta
+from nestd.daemon.engine.messages import Finished
+from nestd.daemon.mqtt import contract
+from nestd.daemon.mqtt.packets import Message, Transport
+from nestd.daemon.mqtt.parse import JSON_TYPE
+from nestd.daemon.requests import ReplyTo, RequestBook, RequestRecord
+
+log = logging.getLogger(__name__)
+
+# How long the broker keeps an error for a client that is away.
+ERROR_EXPIRY_SECONDS = 60
+
+
+class Replies:
+    """Sends events and counts them."""
+
+    def __init__(self, transport: Transport, delivery: Delivery, book: RequestBook) -> None:
+        self._transport = transport
+        self._delivery = delivery
+        self._book = book
+        self.maximum_packet_size: int | None = None
+        self.counters = contract.Counters().model_dump()
+
+    def accepted(self, record: RequestRecord) -> None:
+        """Tell the client that its request waits."""
+        event = contract.Accepted(
+            id=record.id,
+            attempt=record.attempt,
+            seq=record.next_seq(),
+            ahead=self._book.ahead_of(record),
+        )
+        self._publish(event, record.reply_to, qos=1)
+
+    def delta(self, record: RequestRecord, delta: EngineDelta) -> None:
+        """Pass new text on; one that cannot be sent is dropped, as `done` has the whole text."""
+        event = contract.Delta(
+            id=record.id,
+            attempt=record.attempt,
+            seq=record.next_seq(),
+            text=delta.text,
+            completion_tokens=delta.completion_tokens,
+            submodel=delta.submodel,
+        )
+        if not self._publish(event, record.reply_to, qos=0):
+            self.counters["dropped_deltas"] += 1
+
+    def done(self, record: RequestRecord, finished: Finished, now: float) -> None:
+        """Send the whole answer and end the request."""
+        started = record.started if record.started is not None else now
+        event = contract.Done(
+            id=record.id,
+            attempt=record.attempt,
+            seq=record.next_seq(),
+            text=finished.text,
+            finish_reason=finished.finish_reason,
+            submodel=finished.switches[-1].submodel if finished.switches else record.submodel or "",
+            switches=finished.switches,
+            usage=contract.Usage(
+                prompt_tokens=finished.prompt_tokens,
+                completion_tokens=finished.completion_tokens,
+            ),
+            timings=contract.Timings(
+                queue_ms=round((started - record.arrived) * 1000, 1),
+                **finished.timings.model_dump(),
+            ),
+        )
+        message = _message(event, record.reply_to, expiry=_remaining(record, now))
+        limit = self.maximum_packet_size
+        if limit is not None and message.size() > limit:
+            sentence = (
+                f"the answer has {len(message.payload)} bytes, the broker takes {limit}: ask for "
+                "fewer tokens or raise the broker's limit"
+            )
+            self.error(record, TooLarge(sentence))
+            return
+        self.counters["done"] += 1
+        self.counters["completion_tokens"] += finished.completion_tokens
+        self._end(record, message)
+
+    def error(self, record: RequestRecord, error: RequestError) -> None:
+        """Send an error and end the request."""
+        self._count(error)
+        log.info("request %s ends with %s: %s", record.id, error.code, error)
+        event = _error(record.id, record.attempt, record.next_seq(), error)
+        self._end(record, _message(event, record.reply_to, expiry=ERROR_EXPIRY_SECONDS))
+
+    def refuse(self, record: RequestRecord, error: RequestError) -> None:
+        """Send an error for a request that never came to wait; the client may send it again."""
+        record.refused = True
+        self.error(record, error)
+
+    def refuse_unnamed(
+        self, record: RequestRecord, request_id: str | None, error: RequestError
+    ) -> None:
+        """Like `refuse`, but leave the book alone: the id is missing or is another request's."""
+        self._count(error)
+        log.info("request %s ends with %s: %s", request_id, error.code, error)
+        event = _error(request_id, record.attempt, 0, error)
+        message = _message(event, record.reply_to, expiry=ERROR_EXPIRY_SECONDS)
+        self._delivery.send(Final(message, record.entries))
+
+    def too_late(self, record: RequestRecord) -> None:
+        """The deadline has passed: the answer that could not be sent gives way to an error."""
+        error = Expired("the request expired before it was answered: allow more time in expires_in")
+        if record.final is None:
+            self.error(record, error)
+            return
+        event = _error(record.id, record.attempt, record.next_seq(), error)
+        message = _message(event, record.reply_to, expiry=ERROR_EXPIRY_SECONDS)
+        self._delivery.replace(record.final, message)
+        record.refused = True  # replaced once, not with every tick
+
+    def again(self, record: RequestRecord) -> None:
+        """Send a stored answer once more, to whoever asked again; `record.entries` wait for it."""
+        assert record.final is not None
+        old = record.final.message
+        message = Message(
+            topic=record.reply_to.response_topic,
+            payload=old.payload,
+            content_type=old.content_type,
+            correlation_data=record.reply_to.correlation_data,
+            message_expiry_interval=old.message_expiry_interval,
+        )
+        record.final = Final(message, record.entries)
+        record.entries = []
+        self._delivery.send(record.final)
+
+    def control(self, reply: contract.ControlReply, reply_to: ReplyTo) -> None:
+        """Answer a control request."""
+        self._publish(reply, reply_to, qos=1)
+
+    def _end(self, record: RequestRecord, message: Message) -> None:
+        final = Final(message, record.entries)
+        self._book.end(record, final)
+        self._delivery.send(final)
+
+    def _publish(self, event: BaseModel, reply_to: ReplyTo, qos: int) -> bool:
+        message = _message(event, reply_to, expiry=ERROR_EXPIRY_SECONDS, qos=qos)
+        return self._transport.publish(message) is not None
+
+    def _count(self, error: RequestError) -> None:
+        errors = self.counters["errors"]
+        errors[error.code] = errors.get(error.code, 0) + 1
+
+
+def _error(request_id: str | None, attempt: int, seq: int, error: RequestError) -> contract.Error:
+    return contract.Error(
+        id=request_id,
+        attempt=attempt,
+        seq=seq,
+        code=error.code,
+        status=error.status,
+        message=str(error),
+        retry_after_ms=error.retry_after_ms,
+    )
+
+
+def _message(event: BaseModel, reply_to: ReplyTo, expiry: int, qos: int = 1) -> Message:
+    return Message(
+        topic=reply_to.response_topic,
+        payload=event.model_dump_json().encode(),
+        qos=qos,
+        content_type=JSON_TYPE,
+        correlation_data=reply_to.correlation_data,
+        message_expiry_interval=expiry,
+    )
+
+
+def _remaining(record: RequestRecord, now: float) -> int:
+    return max(1, math.ceil(record.deadline - now))

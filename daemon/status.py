@@ -1,0 +1,244 @@
+"""What a node says about itself: availability, state, info, health (docs/mqtt.md, Topics).
+
+State is published when it changes, at most once a second while only the queue moves; all of it
+again on every connect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import psutil
+from pydantic import BaseModel
+
+from nestd.bundle.manifest import Manifest
+from nestd.daemon.dispatch import Dispatch
+from nestd.daemon.mqtt import contract
+from nestd.daemon.mqtt.packets import Message, Transport
+from nestd.daemon.mqtt.parse import JSON_TYPE, ParseLimits
+from nestd.daemon.mqtt.topics import VERSION, Topics
+from nestd.daemon.replies import Replies
+from nestd.daemon.requests import RequestBook
+from nestd.daemon.settings import Settings
+from nestd.daemon.supervisor import Supervisor
+
+QUEUE_ONLY_PAUSE_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class BoardFacts:
+    """Figures of the board for `health`; None means that this board cannot tell."""
+
+    memory_available_bytes: int | None = None
+    memory_pressure_percent: float | None = None
+    temperature_celsius: float | None = None
+    volts: float | None = None
+    watts: float | None = None
+    joules_per_token: float | None = None
+
+
+ReadFacts = Callable[[], BoardFacts]
+
+
+def memory_only() -> BoardFacts:
+    """Read what psutil knows."""
+    return BoardFacts(memory_available_bytes=psutil.virtual_memory().available)
+
+
+def birth_or_will(topics: Topics, state: str, boot: str, number: int) -> Message:
+    """Return the retained availability message of connection `number`."""
+    event = contract.Availability.model_validate({"state": state, "boot": boot, "n": number})
+    return _retained(topics.availability, event)
+
+
+class Status:
+    """Builds and publishes the node's own messages."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        topics: Topics,
+        manifest: Manifest,
+        boot: str,
+        transport: Transport,
+        book: RequestBook,
+        dispatch: Dispatch,
+        supervisor: Supervisor,
+        replies: Replies,
+        read_facts: ReadFacts,
+        config: dict[str, Any],
+        started: float,
+    ) -> None:
+        self._settings = settings
+        self._topics = topics
+        self._manifest = manifest
+        self._boot = boot
+        self._transport = transport
+        self._book = book
+        self._dispatch = dispatch
+        self._supervisor = supervisor
+        self._replies = replies
+        self._read_facts = read_facts
+        self._config = config
+        self._started = started
+        self._process = psutil.Process()
+        self._published: contract.State | None = None
+        self._published_at = float("-inf")
+        self._next_health = started
+        self.draining = False
+
+    def announce(self, connection: int, now: float) -> None:
+        """Say everything, on a new connection."""
+        self.say_online(connection)
+        self._publish_info()
+        self._published = None
+        self.publish_state(now)
+        self.publish_health(now)
+
+    def say_online(self, connection: int) -> None:
+        """Publish the birth message."""
+        self._transport.publish(birth_or_will(self._topics, "online", self._boot, connection))
+
+    def say_offline(self, connection: int) -> int | None:
+        """Publish what the will would say."""
+        message = birth_or_will(self._topics, "offline", self._boot, connection)
+        return self._transport.publish(message)
+
+    def tick(self, now: float) -> None:
+        """Publish what is due."""
+        self.publish_state(now)
+        if now >= self._next_health:
+            self.publish_health(now)
+
+    def publish_state(self, now: float) -> None:
+        """Publish the state if it has changed."""
+        state = self.state()
+        old = self._published
+        if state == old:
+            return
+        only_queue = old is not None and state == old.model_copy(update={"queue": state.queue})
+        if only_queue and now - self._published_at < QUEUE_ONLY_PAUSE_SECONDS:
+            return
+        if self._transport.publish(_retained(self._topics.state, state)) is not None:
+            self._published, self._published_at = state, now
+
+    def publish_health(self, now: float) -> None:
+        """Publish the health figures."""
+        self._next_health = now + self._settings.health_interval_s
+        self._transport.publish(
+            Message(
+                self._topics.health,
+                self.health(now).model_dump_json().encode(),
+                qos=0,
+                content_type=JSON_TYPE,
+            )
+        )
+
+    def phase(self) -> tuple[contract.Phase, str | None]:
+        """Return the phase and its reason."""
+        if self.draining:
+            return "draining", "the node is stopping"
+        if self._supervisor.degraded is not None:
+            return "degraded", self._supervisor.degraded
+        if self._supervisor.state == "ready":
+            return "ready", None
+        reason = "the engine process is started again" if self._supervisor.exits else None
+        return ("loading" if self._supervisor.state == "loading" else "starting"), reason
+
+    def state(self) -> contract.State:
+        """Return the state of the moment."""
+        phase, reason = self.phase()
+        choice = self._dispatch.choice
+        running = [r for r in self._book.running if r.state == "running"]
+        return contract.State(
+            phase=phase,
+            phase_reason=reason,
+            submodel=running[0].submodel if running else choice.submodel,
+            submodel_reason=choice.reason,
+            modalities=("text",) if phase == "ready" else (),
+            queue=contract.Queue(
+                running=len(running),
+                waiting=len(self._book.waiting),
+                limit=self._book.queue_limit,
+            ),
+            power_reason=None,
+            memory_reason=None,
+        )
+
+    def health(self, now: float) -> contract.Health:
+        """Return the figures of the moment."""
+        facts = self._read_facts()
+        stats = self._dispatch.stats
+        counters = self._replies.counters | {"engine_exits": self._supervisor.exits}
+        return contract.Health(
+            uptime_seconds=round(now - self._started, 1),
+            rss_bytes=self._process.memory_info().rss,
+            engine_rss_bytes=stats.rss_bytes if stats else None,
+            memory_available_bytes=facts.memory_available_bytes,
+            memory_pressure_percent=facts.memory_pressure_percent,
+            temperature_celsius=facts.temperature_celsius,
+            volts=facts.volts,
+            watts=facts.watts,
+            decode_tokens_per_second=stats.decode_tokens_per_second if stats else None,
+            prefill_tokens_per_second=stats.prefill_tokens_per_second if stats else None,
+            joules_per_token=facts.joules_per_token,
+            counters=contract.Counters(**counters),
+        )
+
+    def info(self) -> contract.Info:
+        """Return what the node is."""
+        limits = self._settings.limits
+        return contract.Info(
+            node=self._topics.node,
+            boot=self._boot,
+            versions={
+                "contract": VERSION,
+                "nestd": version("nestd"),
+                "onnxruntime": version("onnxruntime"),
+            },
+            bundle=self._manifest.name,
+            submodels=tuple(
+                contract.InfoSubmodel(
+                    name=item.name,
+                    effective_params=item.effective_params,
+                    decoder_bytes=item.decoder_bytes,
+                    mmlu_percent=item.mmlu_percent,
+                )
+                for item in self._manifest.submodels
+            ),
+            modalities=("text",),
+            limits=contract.InfoLimits(
+                request_bytes=self._settings.mqtt.max_payload_bytes,
+                json_depth=limits.json_depth,
+                queue=limits.queue,
+                max_tokens=limits.max_tokens,
+                context_length=self._settings.engine.context_length,
+                default_expiry_seconds=limits.default_expiry_s,
+                maximum_expiry_seconds=limits.max_expiry_s,
+            ),
+            config=self._config,
+            schemas=contract.schemas(),
+        )
+
+    def _publish_info(self) -> None:
+        info = self.info()
+        message = _retained(self._topics.info, info)
+        limit = self._replies.maximum_packet_size
+        if limit is not None and message.size() > limit:
+            # The schemas are the bulk of it, and the documentation has them too.
+            message = _retained(self._topics.info, info.model_copy(update={"schemas": {}}))
+        self._transport.publish(message)
+
+
+def parse_limits(settings: Settings) -> ParseLimits:
+    """Return the bounds of one message."""
+    limits = settings.limits
+    return ParseLimits(settings.mqtt.max_payload_bytes, limits.json_depth, limits.max_prompt_chars)
+
+
+def _retained(topic: str, event: BaseModel) -> Message:
+    payload = event.model_dump_json().encode()
+    return Message(topic, payload, qos=1, retain=True, content_type=JSON_TYPE)

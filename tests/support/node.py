@@ -1,0 +1,106 @@
+"""A whole daemon on the memory transport and the scripted engine, moved on step by step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nestd.daemon.config import load_settings
+from nestd.daemon.mqtt.memory import MemoryTransport
+from nestd.daemon.mqtt.packets import MakeWill, Transport
+from nestd.daemon.notify import Notifier
+from nestd.daemon.service import Daemon, Parts
+from nestd.daemon.settings import Settings
+from support.engine import FakeEngine, small_manifest
+
+REPLY = "clients/me/replies"
+
+
+def settings_for_tests(**overrides: object) -> Settings:
+    """Settings of the generic profile, node `node`; keys are dotted with `__` for the dot."""
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    return load_settings(
+        config=None,
+        profile="generic",
+        overrides={"node": "node", "limits.queue": 3} | dotted,
+        environ={},
+        root=Path("/nonexistent"),
+    )
+
+
+class Node:
+    """The daemon, its transport, its engines (the last is `engine`) and a clock."""
+
+    def __init__(self, **overrides: object) -> None:
+        self.now = 1000.0
+        self.engines: list[FakeEngine] = []
+        self.transport = MemoryTransport()
+        settings = settings_for_tests(**overrides)
+        parts = Parts(
+            make_transport=self._make_transport,
+            make_engine=self._make_engine,
+            clock=lambda: self.now,
+            notifier=Notifier(""),
+        )
+        self.daemon = Daemon(settings, small_manifest(), parts)
+        self.base = self.daemon.topics.base
+
+    def _make_transport(self, make_will: MakeWill) -> Transport:
+        self.transport = MemoryTransport(make_will)
+        return self.transport
+
+    def _make_engine(self, on_event: Any) -> FakeEngine:
+        engine = FakeEngine(on_event)
+        self.engines.append(engine)
+        return engine
+
+    @property
+    def engine(self) -> FakeEngine:
+        return self.engines[-1]
+
+    def settle(self) -> None:
+        """Let the daemon handle all events that wait."""
+        self.daemon.tick()
+        while not self.daemon.events.empty():
+            self.daemon.step(0)
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.settle()
+
+    def start(self) -> Node:
+        """Start, connect, and let the engine be ready."""
+        self.daemon.startup()
+        self.transport.connect(session_present=False)
+        self.engine.ready()
+        self.settle()
+        return self
+
+    def ask(self, qos: int = 1, dup: bool = False, reply: str | None = REPLY, **fields: Any) -> int:
+        """Deliver a request (a greeting, if no messages are given) and return its mid."""
+        fields = {"messages": [{"role": "user", "content": "hello"}]} | fields
+        received = self.transport.deliver(
+            f"{self.base}/request/generate", fields, qos=qos, dup=dup, response_topic=reply
+        )
+        self.settle()
+        return received.mid
+
+    def control(
+        self, verb: str, reply: str = "clients/me/control", **fields: Any
+    ) -> dict[str, Any]:
+        """Send a control request and return the reply."""
+        self.transport.deliver(f"{self.base}/request/{verb}", fields, response_topic=reply)
+        self.settle()
+        return self.transport.events(reply)[-1]
+
+    def events(self, topic: str = REPLY) -> list[dict[str, Any]]:
+        return self.transport.events(topic)
+
+    def kinds(self, topic: str = REPLY) -> list[str]:
+        return [event["event"] for event in self.events(topic)]
+
+    def last(self, topic: str = REPLY) -> dict[str, Any]:
+        return self.events(topic)[-1]
+
+    def state(self) -> dict[str, Any]:
+        return self.last(f"{self.base}/state")
