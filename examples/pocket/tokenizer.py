@@ -1,0 +1,115 @@
+"""pocket's tokenizer: byte-level BPE, so any UTF-8 text round-trips and <unk> never occurs.
+
+Digits are tokens of their own, which makes numbers easy to copy. `python tokenizer.py` trains it on
+the training split and writes tokenizer.json, tokenizer_config.json and chat_template.jinja into
+checkpoint/.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from data import Example, examples
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+CHECKPOINT: Final = Path(__file__).parent / "checkpoint"
+VOCAB_SIZE: Final = 1024
+PAD, EOS, BOS, UNK, START_OF_TURN, END_OF_TURN = range(6)
+# The unused ones are there for the image and audio markers of a later pocket.
+SPECIAL_TOKENS: Final = (
+    "<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>",
+    *(f"<unused{i}>" for i in range(10)),
+)  # fmt: skip
+
+CHAT_TEMPLATE: Final = """\
+{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set first_user_prefix = messages[0]['content'] + '\n\n' -%}
+    {%- set loop_messages = messages[1:] -%}
+{%- else -%}
+    {%- set first_user_prefix = '' -%}
+    {%- set loop_messages = messages -%}
+{%- endif -%}
+{%- for message in loop_messages -%}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+    {{ '<start_of_turn>' + role + '\n' + (first_user_prefix if loop.first else '') }}
+    {%- if message['content'] is string -%}
+        {{ message['content'] | trim }}
+    {%- else -%}
+        {%- for item in message['content'] if item['type'] == 'text' -%}
+            {{ item['text'] | trim }}
+        {%- endfor -%}
+    {%- endif -%}
+    {{ '<end_of_turn>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{ '<start_of_turn>model\n' }}
+{%- endif -%}
+"""
+
+
+def train_tokenizer(sample: list[Example]) -> Tokenizer:
+    """Train the BPE on requests and commands; deterministic for a given sample."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    lines = [text for example in sample for text in ("user\n", example.request, example.command)]
+    tokenizer.train_from_iterator([*lines, *["model\n"] * len(sample)], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", BOS)]
+    )
+    return tokenizer
+
+
+def load_tokenizer() -> Tokenizer:
+    """The trained tokenizer of the checkpoint."""
+    return Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+
+
+def encode_prompt(tokenizer: Tokenizer, request: str) -> list[int]:
+    """The ids the chat template gives for one user turn, up to where the model answers."""
+    text = f"<start_of_turn>user\n{request}<end_of_turn>\n<start_of_turn>model\n"
+    return [BOS, *tokenizer.encode(text, add_special_tokens=False).ids]
+
+
+def encode_answer(tokenizer: Tokenizer, command: str) -> list[int]:
+    """The ids the model is to generate, its stop token included."""
+    return [*tokenizer.encode(command, add_special_tokens=False).ids, END_OF_TURN]
+
+
+def main() -> None:
+    """Train and write the tokenizer's files."""
+    CHECKPOINT.mkdir(exist_ok=True)
+    tokenizer = train_tokenizer(list(islice(examples("train", seed=1), 40_000)))
+    tokenizer.save(str(CHECKPOINT / "tokenizer.json"))
+    (CHECKPOINT / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "additional_special_tokens": list(SPECIAL_TOKENS[4:]),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 2048,
+    }
+    path = CHECKPOINT / "tokenizer_config.json"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
