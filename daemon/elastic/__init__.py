@@ -1,1 +1,1 @@
-
+"""What the board can tell (resources), what follows from it (policy), and doing it (governor)."""
