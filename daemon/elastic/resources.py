@@ -3,8 +3,8 @@
 All sources are read below a root directory, so a test or a replay points the sampler at a
 recorded tree. What the board cannot tell is None in every snapshot, and is said once in the log.
 
-Cost: 0.1 to 0.3 ms on a Zen 5 core, nearly all of it system calls (benchmarks/snapshot_cost.py). A real
-sensor on I2C adds its transfer, below 1 ms a rail.
+Cost: 0.1 to 0.3 ms on a Zen 5 core, nearly all of it system calls (benchmarks/snapshot_cost.py). A
+real sensor on I2C adds its transfer, below 1 ms a rail.
 """
 
 from __future__ import annotations

@@ -1,0 +1,258 @@
+"""What a snapshot forbids: ceilings on the stage, and signs of trouble.
+
+Three kinds, by how the policy obeys them:
+
+- a **hard** ceiling is never exceeded, not for one step: memory, the profile's cap, a critical
+  battery, a weak supply, heat at the limit, thrashing;
+- a **soft** ceiling is a target that is approached in bounded steps: battery saver;
+- **trouble** has no target of its own (heat near the limit, watts over the cap, memory pressure):
+  it takes one bounded step down after the other until it ends. Close to trouble the plan holds.
+
+Pure functions; the latches that give thresholds their hysteresis go in and come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from nestd.bundle.manifest import Modality
+from nestd.daemon.elastic.cost import ModelCost
+from nestd.daemon.elastic.memory import Memory
+from nestd.daemon.elastic.resources import Snapshot
+from nestd.daemon.settings import BatterySettings, ElasticSettings
+
+Band = Literal["critical", "low", "saver", "normal"]
+_BANDS: tuple[Band, ...] = ("critical", "low", "saver", "normal")
+
+
+@dataclass(frozen=True, slots=True)
+class Latches:
+    """What outlives a snapshot so that a threshold is not crossed back and forth.
+
+    Attributes:
+        band: the battery's.
+        hot: heat reached the hard margin and has not yet gone below the soft one.
+        weak_until: time until which the supply counts as weak, or None.
+        oom_kills: the count at the last snapshot.
+        thrash_until: time until which the board counts as thrashing, or None.
+    """
+
+    band: Band = "normal"
+    hot: bool = False
+    weak_until: float | None = None
+    oom_kills: int | None = None
+    thrash_until: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """The largest stage that something allows (-1: none at all), and what it is."""
+
+    stage: int
+    reason: str
+    code: Literal["power_saver", "insufficient_memory"] = "insufficient_memory"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """All that one snapshot forbids.
+
+    Attributes:
+        hard, soft: the lowest ceiling of each kind.
+        grow: the highest stage to which the plan may grow, with the margin that growing needs.
+        floor: the smallest sub-model at full context, below which only memory leads.
+        trouble: why a step down is due, or None.
+        hold: why the plan must not grow though nothing is wrong, or None.
+    """
+
+    hard: Ceiling
+    soft: Ceiling
+    grow: Ceiling
+    floor: int
+    trouble: str | None
+    hold: str | None
+
+
+def latch(snapshot: Snapshot, elastic: ElasticSettings, before: Latches) -> Latches:
+    """Return the latches after `snapshot`."""
+    power, memory, now = snapshot.power, snapshot.memory, snapshot.time
+    weak_until, thrash_until = before.weak_until, before.thrash_until
+    if power.under_voltage or power.over_current:
+        weak_until = now + elastic.power.under_voltage_hold_s
+    killed = (
+        memory.oom_kills is not None
+        and before.oom_kills is not None
+        and memory.oom_kills > before.oom_kills
+    )
+    full = memory.pressure_full_percent
+    if killed or (full is not None and full >= elastic.memory.pressure_full_percent):
+        thrash_until = now + elastic.pace.step_interval_s
+    margin = margin_c(snapshot, elastic)
+    hot = before.hot
+    if margin is not None:
+        if margin <= elastic.thermal.hard_margin_c:
+            hot = True
+        elif margin > elastic.thermal.soft_margin_c + elastic.thermal.hysteresis_c:
+            hot = False
+    return replace(
+        before,
+        band=_band(snapshot, elastic.battery, before.band),
+        hot=hot,
+        weak_until=weak_until if weak_until is not None and now < weak_until else None,
+        thrash_until=thrash_until if thrash_until is not None and now < thrash_until else None,
+        oom_kills=memory.oom_kills,
+    )
+
+
+def margin_c(snapshot: Snapshot, elastic: ElasticSettings) -> float | None:
+    """Return the degrees left until the board slows itself down, or None if it cannot tell."""
+    throttle = elastic.thermal.throttle_c
+    if throttle is None:
+        throttle = snapshot.thermal.throttle_c
+    celsius = snapshot.thermal.celsius
+    return None if throttle is None or celsius is None else throttle - celsius
+
+
+def budget(memory: Memory, elastic: ElasticSettings) -> int | None:
+    """Return the bytes that nestd may use in all: what is free, what it has, less the reserve."""
+    if memory.free_bytes is None:
+        return None
+    return memory.free_bytes + (memory.private_bytes or 0) - elastic.memory.reserve_bytes
+
+
+def limits(
+    snapshot: Snapshot,
+    elastic: ElasticSettings,
+    cost: ModelCost,
+    latches: Latches,
+    encoders: Collection[Modality],
+) -> Limits:
+    """Return what `snapshot` forbids; `encoders` must fit beside the decoder."""
+    smallest = cost.stage_of_rung(0)
+    hard = [_cap(elastic, cost), *_memory_ceiling(snapshot.memory, elastic, cost, encoders, 0)]
+    if latches.weak_until is not None:
+        hold_s = elastic.power.under_voltage_hold_s
+        hard.append(Ceiling(smallest, f"the supply was too weak within the last {hold_s:.0f} s"))
+    if latches.hot:
+        hard.append(Ceiling(smallest, "the board is at the temperature that slows it down"))
+    if latches.thrash_until is not None:
+        hard.append(Ceiling(smallest, "the board is out of memory (PSI full, or an OOM kill)"))
+    battery = elastic.battery
+    if latches.band == "critical":
+        percent = battery.critical_percent
+        hard.append(Ceiling(-1, f"the battery is below {percent:.0f} %", "power_saver"))
+    elif latches.band == "low":
+        hard.append(Ceiling(smallest, f"the battery is below {battery.low_percent:.0f} %"))
+
+    soft = [Ceiling(len(cost.stages) - 1, "nothing stands against the top of the ladder")]
+    if latches.band == "saver":
+        share = cost.stage_of_share(battery.saver_ladder_percent)
+        why = f"the battery is below {battery.saver_percent:.0f} %"
+        if snapshot.power.battery_percent is None:
+            why = "the board runs on a battery without a gauge"
+        soft.append(Ceiling(share, why))
+
+    margin = elastic.memory.grow_margin_bytes
+    grow = [*hard, *soft, *_memory_ceiling(snapshot.memory, elastic, cost, encoders, margin)]
+    return Limits(
+        hard=min(hard, key=lambda item: item.stage),
+        soft=min(soft, key=lambda item: item.stage),
+        grow=min(grow, key=lambda item: item.stage),
+        floor=smallest,
+        trouble=_trouble(snapshot, elastic),
+        hold=_near_trouble(snapshot, elastic),
+    )
+
+
+def cap_params(elastic: ElasticSettings, cost: ModelCost) -> int:
+    """Return the most effective parameters that the configuration allows."""
+    caps = [cost.submodels[-1].effective_params]
+    if elastic.max_effective_params is not None:
+        caps.append(elastic.max_effective_params)
+    if elastic.max_submodel is not None:
+        # `check_names` has refused an unknown name when the bundle was opened.
+        name = elastic.max_submodel.lower()
+        caps += [item.effective_params for item in cost.submodels if item.name.lower() == name]
+    return min(caps)
+
+
+def _cap(elastic: ElasticSettings, cost: ModelCost) -> Ceiling:
+    stage = cost.stage_of_params(cap_params(elastic, cost))
+    if stage == len(cost.stages) - 1:
+        return Ceiling(stage, "nothing stands against the top of the ladder")
+    return Ceiling(stage, "the profile or the configuration allows no larger one")
+
+
+def _memory_ceiling(
+    memory: Memory,
+    elastic: ElasticSettings,
+    cost: ModelCost,
+    encoders: Collection[Modality],
+    margin: int,
+) -> list[Ceiling]:
+    available = budget(memory, elastic)
+    if available is None:
+        return [Ceiling(cost.stage_of_rung(0), "the board does not tell how much memory is free")]
+    stage = cost.largest_stage(available - margin, encoders)
+    if stage < 0:
+        # Answering something, however small, is no growth that could wait for a margin.
+        stage = min(0, cost.largest_stage(available, encoders))
+    if stage == len(cost.stages) - 1:
+        return []
+    beside = f" beside {' and '.join(sorted(encoders))}" if encoders else ""
+    why = "in the memory that is free" if not margin else "in memory with the margin for growing"
+    return [Ceiling(stage, f"no more fits{beside} {why}")]
+
+
+def _trouble(snapshot: Snapshot, elastic: ElasticSettings) -> str | None:
+    """Return why a step down is due, the most pressing first."""
+    memory, power = snapshot.memory, snapshot.power
+    some = memory.pressure_some_percent
+    if some is not None and some >= elastic.memory.pressure_percent:
+        return f"tasks wait for memory {elastic.memory.pressure_percent:.0f} % of the time"
+    if memory.pressure_event:
+        return "systemd reports memory pressure"
+    margin = margin_c(snapshot, elastic)
+    if margin is not None and margin <= elastic.thermal.soft_margin_c:
+        return f"within {elastic.thermal.soft_margin_c:.0f} °C of throttling"
+    if power.throttled:
+        return "the firmware holds the clock down"
+    cap = elastic.power.watt_cap
+    if cap is not None and power.watts is not None and power.watts > cap:
+        return f"the board draws more than {cap:g} W"
+    return None
+
+
+def _near_trouble(snapshot: Snapshot, elastic: ElasticSettings) -> str | None:
+    some = snapshot.memory.pressure_some_percent
+    if some is not None and some >= elastic.memory.pressure_percent / 2:
+        return "memory pressure has not gone yet"
+    margin = margin_c(snapshot, elastic)
+    thermal = elastic.thermal
+    if margin is not None and margin <= thermal.soft_margin_c + thermal.hysteresis_c:
+        return "the board has not cooled down yet"
+    cap, watts = elastic.power.watt_cap, snapshot.power.watts
+    if cap is not None and watts is not None:
+        ease = 1 - elastic.power.watt_hysteresis_percent / 100
+        if watts > cap * ease:
+            return f"the draw is close to the cap of {cap:g} W"
+    return None
+
+
+def _band(snapshot: Snapshot, battery: BatterySettings, before: Band) -> Band:
+    """Return the battery's band: entered below its threshold, left some percent above it."""
+    power = snapshot.power
+    on_battery = power.on_battery if battery.supply == "auto" else battery.supply == "battery"
+    if not on_battery:
+        return "normal"
+    if power.battery_percent is None:
+        # A battery that tells no charge is treated with care.
+        return "saver"
+    thresholds = (battery.critical_percent, battery.low_percent, battery.saver_percent)
+    for band, threshold in zip(_BANDS, thresholds, strict=False):
+        inside = _BANDS.index(before) <= _BANDS.index(band)
+        if power.battery_percent < threshold + (battery.hysteresis_percent if inside else 0):
+            return band
+    return "normal"
