@@ -1,0 +1,23 @@
+"""Fixtures: a tiny random checkpoint and its int8 bundle, made once a session, without torch."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from support.tiny import write_checkpoint
+
+from nestd.bundle.manifest import Bundle
+from nestd.conversion.convert import ConvertOptions, convert
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    destination = tmp_path_factory.mktemp("tiny_bundle") / "bundle"
+    return convert(str(tiny_checkpoint), destination, ConvertOptions(), io.StringIO())
