@@ -19,9 +19,13 @@ from nestd.bundle.errors import NestdError
 
 # To add a command: write cli/<name>.py and add its name here.
 COMMANDS: tuple[str, ...] = (
+    "ask",
     "check_config",
+    "convert",
+    "inspect",
     "plan",
     "profiles",
+    "run",
 )
 
 

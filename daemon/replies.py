@@ -1,6 +1,6 @@
 """Events to clients: built from a record, numbered, and sent (docs/mqtt.md, Events and Errors).
 
-`accepted` goes out with QoS 1, `delta` with QoS 0, `done` and `error` through `Delivery`, which
+`accepted` goes out with QoS 1 and `delta` with QoS 0, both only to requests that stream; `done` and `error` through `Delivery`, which
 holds the request's PUBACK back until the broker has them.
 """
 
@@ -37,7 +37,13 @@ class Replies:
         self.counters = contract.Counters().model_dump()
 
     def accepted(self, record: RequestRecord) -> None:
-        """Tell the client that its request waits."""
+        """Tell a client that streams that its request waits.
+
+        Any other client gets one message, `done` or `error`: so request-response tools that take
+        the first message for the answer work.
+        """
+        if record.request is None or not record.request.stream:
+            return
         event = contract.Accepted(
             id=record.id,
             attempt=record.attempt,

@@ -7,7 +7,6 @@ main loop takes them off one by one, so nothing here needs a lock. What each eve
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import time
@@ -29,7 +28,6 @@ from nestd.daemon.mqtt.packets import (
     Disconnected,
     GaveUp,
     MakeWill,
-    Message,
     Published,
     Received,
     Subscription,
@@ -38,11 +36,12 @@ from nestd.daemon.mqtt.packets import (
 )
 from nestd.daemon.mqtt.topics import CONTROL_VERBS, Topics
 from nestd.daemon.notify import Notifier
+from nestd.daemon.presence import Presence
 from nestd.daemon.replies import Replies
 from nestd.daemon.requests import RequestBook, RequestRecord
 from nestd.daemon.selection import ChooseAuto, Selection, largest_allowed
 from nestd.daemon.settings import Settings
-from nestd.daemon.status import ReadFacts, Status, birth_or_will, memory_only, parse_limits
+from nestd.daemon.status import ReadFacts, Status, memory_only, parse_limits
 from nestd.daemon.supervisor import EngineEvent, MakeEngine, Supervisor
 
 log = logging.getLogger(__name__)
@@ -90,10 +89,8 @@ class Daemon:
         self._settings = settings
         self._clock = parts.clock
         self._notifier = parts.notifier
-        self._boot = uuid.uuid4().hex[:12]
         # SimpleQueue, because its put() may be called from a signal handler.
         self.events: SimpleQueue[DaemonEvent] = SimpleQueue()
-        self._connection = 0
         self._online = False
         self._stop_requests = 0
         self._gave_up: str | None = None
@@ -101,7 +98,9 @@ class Daemon:
         mqtt = settings.mqtt
         self.topics = Topics(mqtt.prefix, settings.node_name, mqtt.response_topics)
         limits = parse_limits(settings)
-        self._transport = parts.make_transport(self._will)
+        boot = uuid.uuid4().hex[:12]
+        self._presence = Presence(self.topics.availability, boot)
+        self._transport = parts.make_transport(self._presence.will)
         self.delivery = Delivery(self._transport)
         self.book = RequestBook(settings.limits.queue)
         self._replies = Replies(self._transport, self.delivery, self.book)
@@ -129,7 +128,7 @@ class Daemon:
             settings,
             self.topics,
             manifest,
-            self._boot,
+            boot,
             self._transport,
             self.book,
             self._dispatch,
@@ -198,7 +197,7 @@ class Daemon:
             self.step(min(remaining, self._wait_seconds()))
         self._hand_back(self.book.running)
         self._supervisor.stop(ENGINE_STOP_SECONDS)
-        goodbye = self.status.say_offline(self._connection) if self._online else None
+        goodbye = self._presence.say(self._transport, "offline") if self._online else None
         self._wait_for(goodbye, self._clock() + GOODBYE_SECONDS)
         self._transport.stop(GOODBYE_SECONDS)
         log.info("stopped")
@@ -254,7 +253,8 @@ class Daemon:
     def _received(self, received: Received, now: float) -> None:
         verb = self.topics.verb_of(received.topic)
         if received.topic == self.topics.availability:
-            self._heard_of_myself(received)
+            if not self.status.draining:
+                self._gave_up = self._presence.hear(self._transport, received, now)
         elif verb == "generate" and self.status.draining and received.qos > 0:
             log.info("a request stays with the broker: the node is stopping")
         elif verb == "generate":
@@ -263,10 +263,10 @@ class Daemon:
             self._control.take(received, verb, now)
 
     def _connected(self, event: Connected, now: float) -> None:
-        first = self._connection == 0
-        self._connection, self._online = event.connection, True
+        self._online = True
         self._replies.maximum_packet_size = event.maximum_packet_size
         counters = self._replies.counters
+        first = counters["connections"] == 0
         counters["connections"] += 1
         if not event.session_present and not first:
             counters["sessions_lost"] += 1
@@ -280,22 +280,12 @@ class Daemon:
             [
                 Subscription(generate, 1),
                 *(Subscription(self.topics.request(verb), 0) for verb in CONTROL_VERBS),
-                Subscription(self.topics.availability, 1, retained=False),
+                Subscription(self.topics.availability, 0),
             ]
         )
-        self.status.announce(event.connection, now)
+        self._presence.connected(self._transport, event.connection)
+        self.status.announce(now)
         self.delivery.connected(event.connection)
-
-    def _heard_of_myself(self, received: Received) -> None:
-        """Contradict an `offline` that is about us (an old will that came late), if we live."""
-        self._transport.acknowledge(received)
-        try:
-            offline = json.loads(received.payload)["state"] == "offline"
-        except (ValueError, KeyError, TypeError):
-            offline = True  # whatever it is, it is not what we said
-        if offline and not self.status.draining:
-            log.info("something said that this node is offline: saying online again")
-            self.status.say_online(self._connection)
 
     def _take_in(self, event: TransportEvent) -> None:
         """Put an event of the transport on the queue (called in the transport's thread)."""
@@ -308,9 +298,6 @@ class Daemon:
         self.events.put(StopRequested())
 
     # Helpers
-
-    def _will(self, connection: int) -> Message:
-        return birth_or_will(self.topics, "offline", self._boot, connection)
 
     def _unavailable(self) -> RequestError | None:
         if self.status.draining:

@@ -1,4 +1,4 @@
-"""What a node says about itself: availability, state, info, health (docs/mqtt.md, Topics).
+"""What a node says about itself: state, info, health (docs/mqtt.md, Topics).
 
 State is published when it changes, at most once a second while only the queue moves; all of it
 again on every connect.
@@ -48,12 +48,6 @@ def memory_only() -> BoardFacts:
     return BoardFacts(memory_available_bytes=psutil.virtual_memory().available)
 
 
-def birth_or_will(topics: Topics, state: str, boot: str, number: int) -> Message:
-    """Return the retained availability message of connection `number`."""
-    event = contract.Availability.model_validate({"state": state, "boot": boot, "n": number})
-    return _retained(topics.availability, event)
-
-
 class Status:
     """Builds and publishes the node's own messages."""
 
@@ -90,22 +84,12 @@ class Status:
         self._next_health = started
         self.draining = False
 
-    def announce(self, connection: int, now: float) -> None:
+    def announce(self, now: float) -> None:
         """Say everything, on a new connection."""
-        self.say_online(connection)
         self._publish_info()
         self._published = None
         self.publish_state(now)
         self.publish_health(now)
-
-    def say_online(self, connection: int) -> None:
-        """Publish the birth message."""
-        self._transport.publish(birth_or_will(self._topics, "online", self._boot, connection))
-
-    def say_offline(self, connection: int) -> int | None:
-        """Publish what the will would say."""
-        message = birth_or_will(self._topics, "offline", self._boot, connection)
-        return self._transport.publish(message)
 
     def tick(self, now: float) -> None:
         """Publish what is due."""

@@ -33,18 +33,18 @@ def test_a_request_is_accepted_run_and_answered(node: Node) -> None:
     assert node.transport.acknowledged == [mid]
 
 
-def test_without_stream_there_are_no_deltas(node: Node) -> None:
-    node.ask(id="a")
+def test_without_stream_there_is_exactly_one_message(node: Node) -> None:
+    node.ask(id="a", stream=False)
     node.engine.delta("hel")
     node.engine.finish()
     node.settle()
-    assert node.kinds() == ["accepted", "done"]
+    assert node.kinds() == ["done"]
 
 
 def test_events_carry_the_correlation_data_and_never_are_retained(node: Node) -> None:
     node.transport.deliver(
         f"{node.base}/request/generate",
-        {"messages": [{"role": "user", "content": "hello"}]},
+        {"messages": [{"role": "user", "content": "hello"}], "stream": True},
         response_topic=REPLY,
         correlation_data=b"\x00\xff",
     )
@@ -437,6 +437,36 @@ def test_an_offline_that_is_not_ours_is_contradicted(node: Node) -> None:
     node.transport.deliver(topic, {"state": "offline", "boot": "other", "n": 1})
     node.settle()
     assert [e["state"] for e in node.events(topic)] == ["online", "online"]
+    node.transport.deliver(topic, b"rubbish")
+    node.settle()
+    assert len(node.events(topic)) == 3
+
+
+def test_an_offline_from_before_our_birth_is_not_contradicted(node: Node) -> None:
+    topic = f"{node.base}/availability"
+    node.transport.deliver(topic, {"state": "offline", "boot": "other", "n": 1}, retain=True)
+    node.settle()
+    assert len(node.events(topic)) == 1
+
+
+def test_a_rival_that_insists_makes_the_node_leave(node: Node) -> None:
+    topic = f"{node.base}/availability"
+    for _ in range(3):
+        node.transport.disconnect()
+        node.transport.connect()
+        node.settle()
+        node.transport.deliver(topic, {"state": "online", "boot": "other", "n": 1}, retain=True)
+        node.settle()
+    with pytest.raises(BrokerError, match="another process"):
+        node.daemon.raise_if_gave_up()
+
+
+def test_a_birth_of_an_earlier_process_is_no_rival(node: Node) -> None:
+    topic = f"{node.base}/availability"
+    for _ in range(3):
+        node.transport.deliver(topic, {"state": "online", "boot": "earlier", "n": 9}, retain=True)
+        node.settle()
+    node.daemon.raise_if_gave_up()
 
 
 def test_a_lost_session_is_counted(node: Node) -> None:

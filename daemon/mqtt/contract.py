@@ -82,7 +82,10 @@ class Request(_Model):
 
 
 class Accepted(_Model):
-    """The request is valid and waits; `ahead` requests run or wait before it."""
+    """The request is valid and waits; `ahead` requests run or wait before it.
+
+    Sent where the request says `stream`, and once more with the next `attempt` if the engine died.
+    """
 
     id: str
     event: Literal["accepted"] = "accepted"

@@ -91,11 +91,10 @@ TransportEvent = Received | Connected | Disconnected | GaveUp | Published
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """One topic filter; `retained` asks for the retained message that is there already."""
+    """One topic filter."""
 
     topic_filter: str
     qos: int
-    retained: bool = True
 
 
 @dataclass(frozen=True, slots=True)

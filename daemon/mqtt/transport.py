@@ -119,18 +119,7 @@ class PahoTransport:
         """Send a SUBSCRIBE."""
         if self._five:
             self._client.subscribe(
-                [
-                    (
-                        item.topic_filter,
-                        SubscribeOptions(
-                            qos=item.qos,
-                            retainHandling=SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE
-                            if item.retained
-                            else SubscribeOptions.RETAIN_DO_NOT_SEND,
-                        ),
-                    )
-                    for item in subscriptions
-                ]
+                [(item.topic_filter, SubscribeOptions(qos=item.qos)) for item in subscriptions]
             )
         else:
             self._client.subscribe([(item.topic_filter, item.qos) for item in subscriptions])

@@ -1,4 +1,4 @@
-"""A scripted engine with the interface of the daemon's engine handle, and a manifest to go with it."""
+"""A scripted engine with the daemon's engine-handle interface, and a manifest to go with it."""
 
 from __future__ import annotations
 
@@ -109,7 +109,12 @@ class FakeEngine:
 
 
 class EchoEngine(FakeEngine):
-    """Answers by itself: streams the words of the last message, and honours cancel at once."""
+    """Answers by itself: streams the words of the last message, and honours cancel at once.
+
+    The message `wait` gets no answer, `die` ends the engine, `die once` only the first time.
+    """
+
+    died = False
 
     def start(self) -> None:
         super().start()
@@ -120,6 +125,10 @@ class EchoEngine(FakeEngine):
         if isinstance(command, Start):
             text = command.messages[-1].content
             if text == "wait":
+                return
+            if text == "die" or (text == "die once" and not EchoEngine.died):
+                EchoEngine.died = True
+                self.die()
                 return
             for number, word in enumerate(text.split()):
                 self.delta(word + " ", number + 1)

@@ -78,7 +78,8 @@ class Node:
 
     def ask(self, qos: int = 1, dup: bool = False, reply: str | None = REPLY, **fields: Any) -> int:
         """Deliver a request (a greeting, if no messages are given) and return its mid."""
-        fields = {"messages": [{"role": "user", "content": "hello"}]} | fields
+        greeting = [{"role": "user", "content": "hello"}]
+        fields = {"messages": greeting, "stream": True} | fields
         received = self.transport.deliver(
             f"{self.base}/request/generate", fields, qos=qos, dup=dup, response_topic=reply
         )

@@ -1,0 +1,142 @@
+"""Send a request over MQTT and show the answer as it streams.
+
+Exit status: 0 answered, 1 an error was answered, 2 wrong usage, no broker or no node.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nestd.cli.main import Subparsers
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    """Add `nestd ask`."""
+    summary = "Send a request over MQTT and show the answer as it streams."
+    parser = subparsers.add_parser("ask", help=summary, description=__doc__)
+    parser.add_argument("prompt", help="what to ask; - reads it from standard input")
+    parser.add_argument("--system", help="a system message before the prompt")
+    parser.add_argument("--submodel", default="auto", help="a sub-model's name; default: auto")
+    parser.add_argument("--effort", choices=("low", "auto", "high"), default="auto")
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--priority", type=int, help="0 to 9, 9 first; default: 4")
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="ask for the text as it is made",
+    )
+    parser.add_argument("--json", action="store_true", help="print the events, one JSON a line")
+    parser.add_argument(
+        "--cancel-after", type=float, metavar="S", help="cancel the request after S seconds"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, metavar="S", help="give up after S seconds"
+    )
+    parser.add_argument("--node", help="which node; default: this host's, or the only one")
+    parser.add_argument("--host", help="the MQTT broker")
+    parser.add_argument("--port", type=int, help="the broker's port")
+    parser.add_argument("--config", type=Path, help="instead of /etc/nestd/nestd.yaml")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask, print, and return the exit status."""
+    from nestd.cli.client import Client, Due, new_client_id
+    from nestd.daemon.config import load_settings
+    from nestd.daemon.mqtt.connect import client_options
+    from nestd.daemon.mqtt.transport import PahoTransport
+
+    settings = load_settings(args.config, None, {"mqtt.host": args.host, "mqtt.port": args.port})
+    client_id = new_client_id()
+    transport = PahoTransport(client_options(settings, client_id))
+    client = Client(transport, client_id, settings.mqtt.prefix)
+    later = () if args.cancel_after is None else (Due(args.cancel_after, "cancel", {}),)
+    try:
+        client.connect(args.node, fallback=settings.node_name)
+        events = client.ask(request_fields(args), args.timeout + 5, later)
+        return print_json(events) if args.json else print_text(events)
+    finally:
+        client.close()
+
+
+def request_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the request's JSON; what was not given is left to the node."""
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    messages = [{"role": "user", "content": prompt}]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": args.system})
+    fields = {
+        "messages": messages,
+        "submodel": args.submodel,
+        "effort": args.effort,
+        "stream": args.stream,
+        "max_tokens": args.max_tokens,
+        "temperature": args.temperature,
+        "seed": args.seed,
+        "priority": args.priority,
+        "expires_in": args.timeout,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def print_json(events: Iterable[dict[str, Any]]) -> int:
+    """Print each event on a line."""
+    status = 1
+    for event in events:
+        print(json.dumps(event, ensure_ascii=False), flush=True)
+        status = 0 if event["event"] == "done" else 1
+    return status
+
+
+def print_text(events: Iterable[dict[str, Any]]) -> int:
+    """Print the text as it comes, and the figures on standard error."""
+    shown, attempt = "", 0
+    for event in events:
+        if event["attempt"] > attempt > 0 and shown:
+            print(f"\n(attempt {event['attempt']}: from the start)", file=sys.stderr)
+            shown = ""
+        attempt = event["attempt"]
+        if event["event"] == "delta":
+            print(event["text"], end="", flush=True)
+            shown += event["text"]
+        elif event["event"] == "done":
+            rest = remaining_text(shown, event["text"])
+            print(rest, flush=True)
+            print(summary(event), file=sys.stderr)
+            return 0
+        elif event["event"] == "error":
+            if shown:
+                print(flush=True)
+            print(f"nestd: {event['status']} {event['code']}: {event['message']}", file=sys.stderr)
+    return 1
+
+
+def remaining_text(shown: str, whole: str) -> str:
+    """Return what is still to be printed; deltas may be lost, and then the whole text follows."""
+    return whole.removeprefix(shown) if whole.startswith(shown) else f"\n{whole}"
+
+
+def summary(done: dict[str, Any]) -> str:
+    """Return one line: sub-models, tokens, speed and times."""
+    timings, tokens = done["timings"], done["usage"]["completion_tokens"]
+    route = [done["switches"][0]["submodel"]] if done["switches"] else [done["submodel"]]
+    route += [f"{s['submodel']} from token {s['token']}" for s in done["switches"][1:]]
+    speed = f"{tokens / timings['decode_ms'] * 1000:.1f} tokens/s" if timings["decode_ms"] else "-"
+    parts = [
+        " -> ".join(route),
+        f"{tokens} tokens",
+        speed,
+        f"queue {timings['queue_ms']:.0f} ms",
+        f"prefill {timings['prefill_ms']:.0f} ms",
+        f"decode {timings['decode_ms']:.0f} ms",
+        str(done["finish_reason"]),
+    ]
+    return f"[{' | '.join(parts)}]"

@@ -1,0 +1,200 @@
+"""A client of nestd: finds a node, sends a request, yields its events, controls it.
+
+It repeats the request under the same id whenever it had to connect again; the node answers an id
+once (docs/mqtt.md, delivery rule 3), so nothing is lost and nothing is run twice.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from nestd.bundle.errors import BrokerError
+from nestd.daemon.mqtt.packets import (
+    Connected,
+    Disconnected,
+    GaveUp,
+    Message,
+    Received,
+    Subscription,
+    Transport,
+    TransportEvent,
+)
+from nestd.daemon.mqtt.parse import JSON_TYPE
+from nestd.daemon.mqtt.topics import CLIENTS, VERSION, Topics, Verb
+
+CONNECT_SECONDS = 10.0
+# Retained availability comes with the SUBACK; on a slow link it takes a moment.
+DISCOVERY_SECONDS = 2.0
+CONTROL_SECONDS = 10.0
+
+Event = dict[str, Any]
+
+
+def new_client_id() -> str:
+    """Return a client id that nobody else has."""
+    return f"nestd-client-{uuid.uuid4().hex[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """Something that `Client.ask` publishes after `seconds`."""
+
+    seconds: float
+    verb: Verb
+    fields: dict[str, Any]
+
+
+class Client:
+    """One connection to a broker, used by one thread."""
+
+    def __init__(self, transport: Transport, client_id: str, prefix: str) -> None:
+        self._transport = transport
+        self._prefix = prefix
+        self._reply_topic = f"{CLIENTS}/{client_id}/replies"
+        self._events: SimpleQueue[TransportEvent] = SimpleQueue()
+        self._availability: dict[str, str] = {}
+        self._topics: Topics | None = None
+
+    def connect(self, node: str | None, fallback: str) -> str:
+        """Connect and return the node that answers: `node`, or `fallback`, or the only one.
+
+        Raises:
+            BrokerError: no broker, or no such node is online.
+        """
+        self._transport.start(self._events.put)
+        deadline = time.monotonic() + CONNECT_SECONDS
+        reason = "no answer"
+        while not isinstance(event := self._next(deadline), Connected):
+            if isinstance(event, Disconnected | GaveUp):
+                reason = event.reason
+            if event is None or isinstance(event, GaveUp):
+                raise BrokerError(f"no MQTT broker: {reason}")
+        self._subscribe()
+        name = self._discover(node, fallback)
+        self._topics = Topics(self._prefix, name)
+        return name
+
+    def ask(
+        self, fields: dict[str, Any], timeout: float, later: tuple[Due, ...] = ()
+    ) -> Iterator[Event]:
+        """Send a request and yield its events, `done` or `error` last.
+
+        Raises:
+            BrokerError: neither came within `timeout` seconds, or the broker threw us out.
+        """
+        fields = {"id": uuid.uuid4().hex} | fields
+        started = time.monotonic()
+        deadline = started + timeout
+        waiting = sorted(later, key=lambda due: due.seconds)
+        self._send("generate", fields)
+        while True:
+            until = min([deadline, *(started + due.seconds for due in waiting[:1])])
+            event = self._next(until)
+            while waiting and time.monotonic() >= started + waiting[0].seconds:
+                due = waiting.pop(0)
+                self._send(due.verb, {"id": fields["id"]} | due.fields)
+            if event is None and time.monotonic() >= deadline:
+                raise BrokerError(f"no answer came within {timeout:.0f} s: is the node alive?")
+            if isinstance(event, GaveUp):
+                raise BrokerError(event.reason)
+            if isinstance(event, Connected):
+                self._subscribe()
+                self._send("generate", fields)
+            answer = self._answer(event)
+            if answer is None or answer.get("id") not in (fields["id"], None):
+                continue
+            if "event" in answer:
+                yield answer
+                if answer["event"] in ("done", "error"):
+                    return
+
+    def control(self, verb: Verb, fields: dict[str, Any]) -> Event:
+        """Send a control request and return the reply.
+
+        Raises:
+            BrokerError: none came.
+        """
+        transaction = uuid.uuid4().hex
+        self._send(verb, {"transaction": transaction} | fields)
+        deadline = time.monotonic() + CONTROL_SECONDS
+        while (event := self._next(deadline)) is not None:
+            answer = self._answer(event)
+            if answer is not None and answer.get("transaction") == transaction:
+                return answer
+        raise BrokerError(f"the node did not reply to {verb}")
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._transport.stop(2.0)
+
+    def _discover(self, node: str | None, fallback: str) -> str:
+        deadline = time.monotonic() + DISCOVERY_SECONDS
+        wanted = node or fallback
+        while self._availability.get(wanted) != "online" and (event := self._next(deadline)):
+            if isinstance(event, Received):
+                self._note_availability(event)
+        online = sorted(n for n, state in self._availability.items() if state == "online")
+        if wanted in online:
+            return wanted
+        if node is None and len(online) == 1:
+            return online[0]
+        those = f"online are {', '.join(online)}" if online else "no node is online"
+        if node is None and online:
+            raise BrokerError(f"several nodes answer, name one with --node: {those}")
+        raise BrokerError(f"the node {wanted!r} is not online on this broker: {those}")
+
+    def _note_availability(self, received: Received) -> None:
+        levels = received.topic.split("/")
+        if levels[-1] == "availability":
+            event = _json_object(received.payload)
+            self._availability[levels[-2]] = str(event.get("state"))
+
+    def _subscribe(self) -> None:
+        self._transport.subscribe(
+            [
+                Subscription(self._reply_topic, 1),
+                Subscription(f"{self._prefix}/{VERSION}/+/availability", 1),
+            ]
+        )
+
+    def _send(self, verb: Verb, fields: dict[str, Any]) -> None:
+        assert self._topics is not None, "connect() comes first"
+        # `reply_to` serves MQTT 3.1.1 connections, which have no Response Topic.
+        fields = fields | {"reply_to": self._reply_topic}
+        self._transport.publish(
+            Message(
+                self._topics.request(verb),
+                json.dumps(fields).encode(),
+                content_type=JSON_TYPE,
+                response_topic=self._reply_topic,
+            )
+        )
+
+    def _answer(self, event: TransportEvent | None) -> Event | None:
+        if not isinstance(event, Received) or event.topic != self._reply_topic:
+            return None
+        return _json_object(event.payload)
+
+    def _next(self, deadline: float) -> TransportEvent | None:
+        """Return the next event, acknowledged, or None at the deadline."""
+        try:
+            event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
+        except Empty:
+            return None
+        if isinstance(event, Received) and event.qos > 0:
+            self._transport.acknowledge(event)
+        return event
+
+
+def _json_object(payload: bytes) -> Event:
+    try:
+        document = json.loads(payload)
+    except ValueError:
+        return {}
+    return document if isinstance(document, dict) else {}

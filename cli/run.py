@@ -1,0 +1,79 @@
+"""Run the daemon: requests in and answers out over MQTT."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from nestd.cli.main import Subparsers
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    """Add `nestd run`."""
+    parser = subparsers.add_parser("run", help=__doc__, description=__doc__)
+    parser.add_argument("--config", type=Path, help="instead of /etc/nestd/nestd.yaml")
+    parser.add_argument("--profile", help="a device profile's name or path; default: detected")
+    parser.add_argument("--bundle", type=Path, help="the bundle directory")
+    parser.add_argument("--host", help="the MQTT broker")
+    parser.add_argument("--port", type=int, help="the broker's port")
+    parser.add_argument("--node", help="this node's name in topics; default: the host name")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="override one value, for example limits.queue=4",
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run until SIGTERM or SIGINT."""
+    from nestd.bundle.errors import ConfigError
+    from nestd.bundle.manifest import Bundle
+    from nestd.daemon.config import explain_settings, parse_assignments
+    from nestd.daemon.engine.process import EngineProcess
+    from nestd.daemon.mqtt.connect import node_options
+    from nestd.daemon.mqtt.transport import PahoTransport
+    from nestd.daemon.service import Daemon, Parts
+
+    overrides: dict[str, object] = {
+        "bundle": None if args.bundle is None else str(args.bundle),
+        "mqtt.host": args.host,
+        "mqtt.port": args.port,
+        "node": args.node,
+    }
+    explained = explain_settings(
+        args.config, args.profile, overrides | parse_assignments(args.settings)
+    )
+    settings = explained.settings
+    if settings.bundle is None:
+        raise ConfigError(
+            "no bundle is named: use --bundle DIRECTORY, or `bundle:` in the configuration file"
+        )
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
+    )
+    bundle = Bundle.open(settings.bundle)
+    options = settings.engine_options()
+    mqtt_options = node_options(settings)
+    daemon = Daemon(
+        settings,
+        bundle.manifest,
+        Parts(
+            make_transport=lambda make_will: PahoTransport(mqtt_options, make_will),
+            make_engine=lambda on_event: EngineProcess(bundle.path, options, on_event),
+            config=explained.redacted(),
+        ),
+    )
+    logging.getLogger(__name__).info(
+        "node %s, profile %s, broker %s:%d",
+        settings.node_name,
+        settings.profile,
+        settings.mqtt.host,
+        settings.mqtt.port,
+    )
+    daemon.run()
+    return 0

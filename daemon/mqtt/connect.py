@@ -1,0 +1,87 @@
+"""Settings -> how a node or a client connects to the broker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nestd.bundle.errors import ConfigError
+from nestd.daemon.mqtt.packets import TransportOptions
+from nestd.daemon.settings import MqttSettings, Settings
+
+# Above the queue limit requests are answered 429 rather than left at the broker (delivery rule 4):
+# one may run, and a few more must come in to be told so.
+RECEIVE_MARGIN = 4
+# The broker silently drops what is over our Maximum Packet Size, so it is well above the largest
+# payload that is allowed: what lies between the two is answered 413.
+PACKET_MARGIN = 8
+MAX_PACKET = 268_435_460
+
+
+def node_options(settings: Settings) -> TransportOptions:
+    """How the daemon connects: with a session that outlasts outages."""
+    mqtt = settings.mqtt
+    return _options(
+        mqtt,
+        client_id=mqtt.client_id or f"nestd-{settings.node_name}",
+        clean_start=False,
+        session_expiry_interval=mqtt.session_expiry_s,
+        receive_maximum=min(65535, settings.limits.queue + RECEIVE_MARGIN),
+        maximum_packet_size=min(MAX_PACKET, PACKET_MARGIN * mqtt.max_payload_bytes),
+    )
+
+
+def client_options(settings: Settings, client_id: str) -> TransportOptions:
+    """How a client like `nestd ask` connects: without a session."""
+    return _options(
+        settings.mqtt,
+        client_id=client_id,
+        clean_start=True,
+        session_expiry_interval=0,
+        receive_maximum=1000,
+        maximum_packet_size=None,
+    )
+
+
+def _options(
+    mqtt: MqttSettings,
+    client_id: str,
+    clean_start: bool,
+    session_expiry_interval: int,
+    receive_maximum: int,
+    maximum_packet_size: int | None,
+) -> TransportOptions:
+    return TransportOptions(
+        host=mqtt.host,
+        port=mqtt.port,
+        client_id=client_id,
+        protocol=mqtt.protocol,
+        username=mqtt.username,
+        password=read_password(mqtt.password_file),
+        tls=mqtt.tls,
+        ca_file=_text(mqtt.ca_file),
+        certificate_file=_text(mqtt.cert_file),
+        key_file=_text(mqtt.key_file),
+        clean_start=clean_start,
+        session_expiry_interval=session_expiry_interval,
+        receive_maximum=receive_maximum,
+        maximum_packet_size=maximum_packet_size,
+        keepalive=mqtt.keepalive_s,
+        retry_seconds=(mqtt.reconnect_min_s, mqtt.reconnect_max_s),
+    )
+
+
+def read_password(path: Path | None) -> str | None:
+    """Return the first line of the password file; ConfigError if it cannot be read."""
+    if path is None:
+        return None
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"mqtt.password_file: cannot read {path}: {error}") from error
+    if not lines or not lines[0]:
+        raise ConfigError(f"mqtt.password_file: the first line of {path} is empty")
+    return lines[0]
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

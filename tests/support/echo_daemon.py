@@ -1,0 +1,39 @@
+"""A daemon process with real MQTT and real signals, and an engine that echoes.
+
+python tests/support/echo_daemon.py PORT NODE [KEY=VALUE ...]
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from nestd.bundle.errors import NestdError
+from nestd.daemon.config import load_settings, parse_assignments
+from nestd.daemon.mqtt.connect import node_options
+from nestd.daemon.mqtt.transport import PahoTransport
+from nestd.daemon.service import Daemon, Parts
+from support.engine import EchoEngine, small_manifest
+
+
+def main() -> int:
+    port, node, *assignments = sys.argv[1:]
+    logging.basicConfig(level="DEBUG")
+    overrides = {"mqtt.port": port, "node": node, "mqtt.reconnect_min_s": 0.2, "limits.queue": 4}
+    settings = load_settings(None, "generic", overrides | parse_assignments(assignments), {})
+    options = node_options(settings)
+    parts = Parts(
+        make_transport=lambda make_will: PahoTransport(options, make_will),
+        make_engine=EchoEngine,
+    )
+    try:
+        Daemon(settings, small_manifest(), parts).run()
+    except NestdError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""Daemon processes and clients on real Mosquitto: what unit tests cannot show."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any
+
+import pytest
+from support.mosquitto import Mosquitto
+
+from nestd.cli.client import Client, Due
+from nestd.daemon.mqtt.packets import Connected, Message, Received, Subscription, TransportOptions
+from nestd.daemon.mqtt.transport import PahoTransport
+
+pytestmark = pytest.mark.broker
+
+PATIENCE = 20.0
+ECHO_DAEMON = Path(__file__).parent / "support" / "echo_daemon.py"
+
+
+class Listener:
+    """A raw MQTT client that queues what it receives."""
+
+    def __init__(self, broker: Mosquitto, *filters: str, protocol: str = "5") -> None:
+        self.received: Queue[Received] = Queue()
+        self._connected = threading.Event()
+        self._filters = [Subscription(topic_filter, 1) for topic_filter in filters]
+        self._transport = PahoTransport(
+            TransportOptions(
+                host="127.0.0.1",
+                port=broker.port,
+                client_id=f"listener-{id(self)}",
+                protocol=protocol,
+                clean_start=True,
+                retry_seconds=(0.1, 0.2),
+            )
+        )
+        self._transport.start(self._on_event)
+        assert self._connected.wait(PATIENCE)
+
+    def _on_event(self, event: object) -> None:
+        if isinstance(event, Connected):
+            self._transport.subscribe(self._filters)
+            self._connected.set()
+        elif isinstance(event, Received):
+            self._transport.acknowledge(event)
+            self.received.put(event)
+
+    def publish(self, topic: str, payload: Any, **properties: Any) -> None:
+        data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+        assert self._transport.publish(Message(topic, data, **properties)) is not None
+
+    def until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Return the first JSON object received from now on that is `wanted`."""
+        while True:
+            document: dict[str, Any] = json.loads(self.received.get(timeout=PATIENCE).payload)
+            if wanted(document):
+                return document
+
+    def until_event(self, kind: str) -> dict[str, Any]:
+        return self.until(lambda document: document.get("event") == kind)
+
+    def nothing_more(self, seconds: float) -> bool:
+        try:
+            self.received.get(timeout=seconds)
+        except Empty:
+            return True
+        return False
+
+    def close(self) -> None:
+        self._transport.stop(2)
+
+
+@contextmanager
+def listening(broker: Mosquitto, *filters: str, protocol: str = "5") -> Iterator[Listener]:
+    listener = Listener(broker, *filters, protocol=protocol)
+    try:
+        yield listener
+    finally:
+        listener.close()
+
+
+@contextmanager
+def daemon(broker: Mosquitto, node: str = "node", *settings: str) -> Iterator[subprocess.Popen]:
+    """A daemon process that is ready."""
+    command = [sys.executable, str(ECHO_DAEMON), str(broker.port), node, *settings]
+    with listening(broker, f"nestd/v1/{node}/state") as states:
+        log = broker.config.with_name(f"{node}.log").open("ab")
+        with log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+            try:
+                states.until(lambda state: state["phase"] == "ready")
+                yield process
+            finally:
+                if process.poll() is None:
+                    process.kill()
+
+
+@contextmanager
+def client(broker: Mosquitto, node: str = "node", protocol: str = "5") -> Iterator[Client]:
+    options = TransportOptions(
+        host="127.0.0.1",
+        port=broker.port,
+        client_id=f"client-{uuid.uuid4().hex}",
+        protocol=protocol,
+        clean_start=True,
+        retry_seconds=(0.1, 0.2),
+    )
+    connection = Client(PahoTransport(options), options.client_id, "nestd")
+    try:
+        connection.connect(node, node)
+        yield connection
+    finally:
+        connection.close()
+
+
+def request(text: str, **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], "stream": True} | fields
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_an_answer_streams_to_clients_of_both_protocols(
+    mosquitto: Mosquitto, protocol: str
+) -> None:
+    with daemon(mosquitto), client(mosquitto, protocol=protocol) as connection:
+        events = list(connection.ask(request("one two three"), PATIENCE))
+    assert [e["event"] for e in events] == ["accepted", "delta", "delta", "delta", "done"]
+    assert events[-1]["text"] == "one two three"
+
+
+def test_a_node_may_speak_mqtt_3_itself(mosquitto: Mosquitto) -> None:
+    with daemon(mosquitto, "node", "mqtt.protocol=3.1.1"), client(mosquitto) as connection:
+        events = list(connection.ask(request("one two"), PATIENCE))
+    assert events[-1]["text"] == "one two"
+
+
+def test_mosquittos_own_command_line_gets_an_answer(mosquitto: Mosquitto) -> None:
+    with daemon(mosquitto):
+        replies = subprocess.run(
+            [
+                "mosquitto_rr",
+                *("-p", str(mosquitto.port), "-W", "9", "-q", "1"),
+                *("-t", "nestd/v1/node/request/generate", "-e", "clients/cli/r"),
+                *("-m", json.dumps(request("hi", stream=False))),
+            ],
+            capture_output=True,
+            text=True,
+        )
+    assert json.loads(replies.stdout)["text"] == "hi"
+
+
+def test_a_running_answer_is_cancelled(mosquitto: Mosquitto) -> None:
+    with daemon(mosquitto), client(mosquitto) as connection:
+        events = list(connection.ask(request("wait"), PATIENCE, (Due(0.2, "cancel", {}),)))
+    assert [e["event"] for e in events] == ["accepted", "error"]
+    assert events[-1]["status"] == 499
+
+
+def test_bad_requests_are_answered(mosquitto: Mosquitto) -> None:
+    topic = "nestd/v1/node/request/generate"
+    with (
+        daemon(mosquitto, "node", "mqtt.max_payload_bytes=4096"),
+        listening(mosquitto, "clients/me/r") as me,
+    ):
+
+        def code_of(payload: Any) -> str:
+            me.publish(topic, payload, response_topic="clients/me/r")
+            return str(me.until_event("error")["code"])
+
+        assert code_of(request("hi", submodel="huge")) == "model_not_found"
+        assert code_of(b"{broken") == "bad_request"
+        assert code_of(b"\xff\xfe") == "bad_request"
+        assert code_of(b"[" * 3000) == "bad_request"
+        assert code_of(request("x" * 5000)) == "too_large"
+        assert code_of(request("hi", reply_to=17)) == "bad_request"
+
+
+def test_a_full_queue_refuses_at_once(mosquitto: Mosquitto) -> None:
+    with daemon(mosquitto), listening(mosquitto, "clients/me/r") as me:
+        for number in range(6):
+            me.publish(
+                "nestd/v1/node/request/generate",
+                request("wait", id=f"id{number}"),
+                response_topic="clients/me/r",
+            )
+        assert me.until_event("error")["code"] == "queue_full"
+
+
+def test_two_nodes_share_a_broker(mosquitto: Mosquitto) -> None:
+    with daemon(mosquitto, "east"), daemon(mosquitto, "west"):
+        for node in ("east", "west"):
+            with client(mosquitto, node) as connection:
+                assert list(connection.ask(request(node), PATIENCE))[-1]["text"] == node
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_requests_survive_a_broker_restart(mosquitto: Mosquitto, how: str) -> None:
+    with daemon(mosquitto), client(mosquitto) as connection:
+        events = connection.ask(request("wait", id="a", stream=True), PATIENCE)
+        assert next(events)["event"] == "accepted"
+        getattr(mosquitto, how)()
+        mosquitto.start()
+        assert next(events)["event"] == "accepted", "the client asks again under the same id"
+        with client(mosquitto) as other:
+            assert other.control("cancel", {"id": "a"})["data"]["was"] == "running"
+        assert [e["event"] for e in events] == ["error"]
+        assert list(connection.ask(request("after"), PATIENCE))[-1]["text"] == "after"
+
+
+def test_availability_is_retained_and_the_will_speaks_for_the_dead(mosquitto: Mosquitto) -> None:
+    with daemon(mosquitto) as process:
+        with listening(mosquitto, "nestd/v1/node/availability") as watcher:
+            birth = watcher.until(lambda a: a["state"] == "online")
+            process.kill()
+            assert watcher.until(lambda a: a["state"] == "offline") == birth | {"state": "offline"}
+        with listening(mosquitto, "nestd/v1/node/availability") as late:
+            assert late.until(lambda _a: True)["state"] == "offline"
+
+
+def test_a_killed_daemon_loses_no_request(mosquitto: Mosquitto) -> None:
+    topic = "nestd/v1/node/request/generate"
+    with listening(mosquitto, "clients/me/r") as me:
+        with daemon(mosquitto) as process:
+            me.publish(topic, request("wait", id="runs"), response_topic="clients/me/r")
+            me.publish(topic, request("queued", id="waits"), response_topic="clients/me/r")
+            me.until(lambda e: e["id"] == "waits")
+            process.kill()
+            process.wait()
+        me.publish(topic, request("absent", id="absent"), response_topic="clients/me/r")
+        with daemon(mosquitto):
+            again = me.until(lambda e: e["id"] == "runs")
+            assert (again["event"], again["attempt"]) == ("accepted", 2)
+            me.publish("nestd/v1/node/request/cancel", {"id": "runs"}, qos=0)
+            answers = [me.until_event("error"), me.until_event("done"), me.until_event("done")]
+            assert [(a["id"], a["attempt"]) for a in answers] == [
+                ("runs", 2),
+                ("waits", 2),
+                ("absent", 1),
+            ]
+        with daemon(mosquitto):
+            assert me.nothing_more(1.0), "what was answered has had its PUBACK"
+
+
+def test_a_stopping_daemon_says_goodbye_and_hands_back(mosquitto: Mosquitto) -> None:
+    topic = "nestd/v1/node/request/generate"
+    with listening(mosquitto, "clients/me/r", "nestd/v1/node/availability") as me:
+        with daemon(mosquitto) as process:
+            me.publish(topic, request("wait", id="runs"), response_topic="clients/me/r")
+            me.until_event("accepted")
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)  # two signals: do not even wait for the running one
+            assert me.until(lambda e: "state" in e and e["state"] == "offline")
+            assert process.wait(10) == 0
+        with daemon(mosquitto):
+            assert me.until_event("accepted")["attempt"] == 2
+
+
+def test_a_dead_engine_is_replaced_and_its_request_runs_again(mosquitto: Mosquitto) -> None:
+    with daemon(mosquitto), client(mosquitto) as connection:
+        once = list(connection.ask(request("die once"), PATIENCE))
+        assert [(e["event"], e["attempt"]) for e in once if e["event"] != "delta"] == [
+            ("accepted", 1),
+            ("accepted", 2),
+            ("done", 2),
+        ]
+        always = list(connection.ask(request("die"), PATIENCE))
+        assert (always[-1]["code"], always[-1]["attempt"]) == ("internal", 3)
+
+
+def test_a_second_node_of_the_same_name_ends_the_first_without_a_fight(
+    mosquitto: Mosquitto,
+) -> None:
+    with daemon(mosquitto) as first, daemon(mosquitto) as second:
+        assert first.wait(PATIENCE) == 2
+        assert second.poll() is None
+        with client(mosquitto) as connection:
+            assert list(connection.ask(request("hi"), PATIENCE))[-1]["text"] == "hi"
+
+
+@pytest.mark.parametrize("mosquitto", [["max_packet_size 6000"]], indirect=True)
+def test_the_brokers_packet_limit_is_respected(mosquitto: Mosquitto) -> None:
+    with daemon(mosquitto), client(mosquitto) as connection:
+        long = "word " * 900
+        events = list(connection.ask(request(long), PATIENCE))
+        assert events[-1]["event"] == "done"
+        with listening(mosquitto, "nestd/v1/node/info") as me:
+            assert me.until(lambda _i: True)["schemas"] == {}
+
+
+def test_a_broker_that_comes_late_is_waited_for(mosquitto: Mosquitto) -> None:
+    mosquitto.stop()
+    command = [sys.executable, str(ECHO_DAEMON), str(mosquitto.port), "node"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any("cannot reach the broker" in line for line in process.stderr)
+        drain = threading.Thread(target=process.stderr.read)
+        drain.start()
+        mosquitto.start()
+        with listening(mosquitto, "nestd/v1/node/availability") as me:
+            me.until(lambda a: a["state"] == "online")
+        process.terminate()
+        assert process.wait(10) == 0
+        drain.join()
