@@ -36,7 +36,8 @@ class Sampler:
             ids, weights = candidates(
                 logits, sampling.temperature, sampling.top_k, sampling.top_p
             )
-            token = int(ids[np.searchsorted(np.cumsum(weights), self._random.random())])
+            sums = np.cumsum(weights)
+            token = int(ids[np.searchsorted(sums, self._random.random() * sums[-1])])
         if sampling.repetition_penalty != 1.0:
             self._seen.add(token)
         return token
@@ -63,9 +64,5 @@ def candidates(
     weights /= weights.sum()
     # A token stays while the sum of the likelier ones is below top_p, so the first always does.
     before = np.cumsum(weights) - weights
-    keep = np.flatnonzero(before < top_p)
-    weights = weights[keep]
-    # The last sum is one exactly, so that no draw falls behind it.
-    weights /= weights.sum()
-    weights[-1] += 1.0 - weights.sum() + np.finfo(np.float64).eps
-    return ids[keep], weights
+    keep = before < top_p
+    return ids[keep], weights[keep] / weights[keep].sum()
