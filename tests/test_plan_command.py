@@ -19,7 +19,7 @@ def test_a_low_battery_and_little_memory_are_explained(capsys: pytest.CaptureFix
     assert "board 4.00 GB free, battery 18 % (discharging)" in out
     assert "budget 3.00 GB after 1.00 GB for other programs" in out
     assert "* E2B 1.91 B 50.9 % 4096 2.06 GB" in out
-    assert "E3.59B 3.59 B 63.4 % 4096 2.90 GB" in out
+    assert "E3.59B 3.59 B 63.4 % 4096 2.90 GB fits, without the margin for growing" in out
     assert any(line.startswith("left out, larger and no better") for line in out)
     assert "submodel E2B the battery is below 20 %" in out
     assert "this request E2B the battery is below 20 %" in out
