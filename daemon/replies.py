@@ -1,7 +1,7 @@
 """Events to clients: built from a record, numbered, and sent (docs/mqtt.md, Events and Errors).
 
-`accepted` goes out with QoS 1 and `delta` with QoS 0, both only to requests that stream; `done` and `error` through `Delivery`, which
-holds the request's PUBACK back until the broker has them.
+`accepted` goes out with QoS 1 and `delta` with QoS 0, both only to requests that stream; `done` and
+`error` through `Delivery`, which holds the request's PUBACK back until the broker has them.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class Topics:
         levels = topic.split("/")
         if "" in levels:
             raise BadRequest("the response topic has an empty level: remove the extra /")
-        allowed = (f"{CLIENTS}/+/#", f"{self.base}/response/#", *self.response_topics)
+        allowed = (f"{CLIENTS}/+/+/#", f"{self.base}/response/#", *self.response_topics)
         if not any(matches(topic_filter, topic) for topic_filter in allowed):
             raise BadRequest(
                 f"answers go only to {CLIENTS}/<your client id>/... or {self.base}/response/...: "

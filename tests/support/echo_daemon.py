@@ -30,7 +30,7 @@ def main() -> int:
     try:
         Daemon(settings, small_manifest(), parts).run()
     except NestdError as error:
-        print(error, file=sys.stderr)
+        logging.error("%s", error)
         return 2
     return 0
 
