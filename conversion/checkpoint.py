@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
@@ -50,7 +49,10 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """An open checkpoint; use it as a context manager.
+    """A checkpoint whose shards have been looked through; nothing stays open or mapped.
+
+    A mapped shard would count towards the resident memory as far as it has been read, so each read
+    maps the shard anew: at E4B's size that is 0.3 GB at the peak instead of 13.6 GB.
 
     Attributes:
         path: the directory.
@@ -68,45 +70,31 @@ class Checkpoint:
         self.path = path
         self.config = read_json(path / "config.json")
         self.on_bytes: Callable[[int], None] = lambda _: None
-        self._stack = ExitStack()
-        self._shards: dict[str, Any] = {}
         tensors: dict[str, TensorInfo] = {}
-        try:
-            for shard in _shard_names(path):
-                tensors.update(self._open_shard(shard))
-        except BaseException:
-            self._stack.close()
-            raise
+        for shard in _shard_names(path):
+            tensors.update(self._look_through(shard))
         self.text = _normalise(tensors)
 
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.close()
-
-    def _open_shard(self, shard: str) -> dict[str, TensorInfo]:
+    @contextmanager
+    def _open(self, shard: str) -> Iterator[Any]:
         path = self.path / shard
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: download the checkpoint again")
         try:
-            handle = self._stack.enter_context(safe_open(path, framework="numpy"))
-            infos = {}
-            for name in handle.keys():  # noqa: SIM118  (safe_open is no mapping)
-                piece = handle.get_slice(name)
-                infos[name] = TensorInfo(
-                    shard, name, tuple(piece.get_shape()), str(piece.get_dtype())
-                )
+            with safe_open(path, framework="numpy") as handle:
+                yield handle
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path} is damaged or cut short ({error}): download the checkpoint again"
             ) from error
-        self._shards[shard] = handle
+
+    def _look_through(self, shard: str) -> dict[str, TensorInfo]:
+        infos = {}
+        with self._open(shard) as handle:
+            for name in handle.keys():  # noqa: SIM118  (safe_open is no mapping)
+                piece = handle.get_slice(name)
+                shape, dtype = tuple(piece.get_shape()), str(piece.get_dtype())
+                infos[name] = TensorInfo(shard, name, shape, dtype)
         return infos
 
     def _info(self, name: str) -> TensorInfo:
@@ -135,18 +123,20 @@ class Checkpoint:
     def tensor(self, name: str, shape: tuple[int, ...]) -> Float32:
         """Return a whole (small) tensor of the given shape as float32."""
         info = self.expect(name, shape)
-        return self._read(self._shards[info.shard].get_tensor(info.name), name)
+        with self._open(info.shard) as handle:
+            return self._read(handle.get_tensor(info.name), name)
 
     def rows(
         self, name: str, shape: tuple[int, int], start: int = 0, stop: int | None = None
     ) -> Iterator[Float32]:
         """Yield rows `start` to `stop` of a matrix of `shape` as float32, at most 64 MB a piece."""
         info = self.expect(name, shape)
-        piece = self._shards[info.shard].get_slice(info.name)
         step = max(1, CHUNK_BYTES // (4 * shape[1]))
         end = shape[0] if stop is None else stop
         for first in range(start, end, step):
-            yield self._read(piece[first : min(first + step, end)], name)
+            with self._open(info.shard) as handle:
+                piece = handle.get_slice(info.name)[first : min(first + step, end)]
+            yield self._read(piece, name)
 
     def _read(self, value: npt.NDArray[Any], name: str) -> Float32:
         self.on_bytes(value.nbytes)

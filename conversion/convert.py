@@ -97,21 +97,21 @@ def convert(source: str, destination: Path, options: ConvertOptions, log: TextIO
         raise BundleError(f"{destination} exists already: remove it or choose another name")
     path = resolve(source)
     quantization = options.quantization()
-    with Checkpoint(path) as checkpoint:
-        nested, slices = _read_submodels(path, options.submodels)
-        model = read_model_config(checkpoint.config, nested)
-        slices = slices or slices_for(
-            model.intermediate_size, model.nested_intermediate_size, model.num_kv_shared_layers
-        )
-        for item in slices:
-            check_slice(item, model.num_layers, model.num_kv_shared_layers)
-        _check_disk(destination, checkpoint, quantization)
-        with _staging(destination) as staging:
-            writer = _Writer(checkpoint, model, quantization, staging, log)
-            writer.write_graphs()
-            writer.write_assets()
-            writer.write_manifest(slices, destination.name, source)
-            staging.rename(destination)
+    checkpoint = Checkpoint(path)
+    nested, slices = _read_submodels(path, options.submodels)
+    model = read_model_config(checkpoint.config, nested)
+    slices = slices or slices_for(
+        model.intermediate_size, model.nested_intermediate_size, model.num_kv_shared_layers
+    )
+    for item in slices:
+        check_slice(item, model.num_layers, model.num_kv_shared_layers)
+    _check_disk(destination, checkpoint, quantization)
+    with _staging(destination) as staging:
+        writer = _Writer(checkpoint, model, quantization, staging, log)
+        writer.write_graphs()
+        writer.write_assets()
+        writer.write_manifest(slices, destination.name, source)
+        staging.rename(destination)
     return Bundle.open(destination)
 
 

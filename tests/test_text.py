@@ -76,7 +76,7 @@ def test_no_stop_string_is_ever_shown(text: str, stops: list[str]) -> None:
     # Of several stop strings the one that is complete first counts.
     found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
     assert result.stopped == bool(found)
-    assert shown == text[: min(found)[1]] if found else text
+    assert shown == (text[: min(found)[1]] if found else text)
 
 
 def test_special_tokens_do_not_appear() -> None:
