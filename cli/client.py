@@ -31,6 +31,7 @@ from nestd.daemon.mqtt.topics import CLIENTS, VERSION, Topics, Verb
 CONNECT_SECONDS = 10.0
 # Retained availability comes with the SUBACK; on a slow link it takes a moment.
 DISCOVERY_SECONDS = 2.0
+GATHERING_SECONDS = 0.3
 CONTROL_SECONDS = 10.0
 
 Event = dict[str, Any]
@@ -61,8 +62,10 @@ class Client:
         self._availability: dict[str, str] = {}
         self._topics: Topics | None = None
 
-    def connect(self, node: str | None, fallback: str) -> str:
+    def connect(self, node: str | None, fallback: str, patience: float = DISCOVERY_SECONDS) -> str:
         """Connect and return the node that answers: `node`, or `fallback`, or the only one.
+
+        `patience` is how many seconds a node that is not online is waited for.
 
         Raises:
             BrokerError: no broker, or no such node is online.
@@ -76,7 +79,7 @@ class Client:
             if event is None or isinstance(event, GaveUp):
                 raise BrokerError(f"no MQTT broker: {reason}")
         self._subscribe()
-        name = self._discover(node, fallback)
+        name = self._discover(node, fallback, patience)
         self._topics = Topics(self._prefix, name)
         return name
 
@@ -133,12 +136,14 @@ class Client:
         """Disconnect."""
         self._transport.stop(2.0)
 
-    def _discover(self, node: str | None, fallback: str) -> str:
-        deadline = time.monotonic() + DISCOVERY_SECONDS
+    def _discover(self, node: str | None, fallback: str, patience: float) -> str:
+        deadline = time.monotonic() + patience
         wanted = node or fallback
         while self._availability.get(wanted) != "online" and (event := self._next(deadline)):
             if isinstance(event, Received):
                 self._note_availability(event)
+                if node is None:  # any node will do, and retained messages come in one go
+                    deadline = min(deadline, time.monotonic() + GATHERING_SECONDS)
         online = sorted(n for n, state in self._availability.items() if state == "online")
         if wanted in online:
             return wanted

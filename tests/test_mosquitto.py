@@ -295,6 +295,56 @@ def test_the_brokers_packet_limit_is_respected(mosquitto: Mosquitto) -> None:
             assert me.until(lambda _i: True)["schemas"] == {}
 
 
+def test_a_broker_with_passwords_lets_us_in_only_with_the_right_one(tmp_path: Path) -> None:
+    (tmp_path / "users").write_text("")
+    subprocess.run(["mosquitto_passwd", "-b", str(tmp_path / "users"), "nest", "right"], check=True)
+    broker = Mosquitto(tmp_path, f"password_file {tmp_path / 'users'}", anonymous=False)
+    broker.start()
+    password = tmp_path / "password"
+    command = [sys.executable, str(ECHO_DAEMON), str(broker.port), "node"]
+    command += ["mqtt.username=nest", f"mqtt.password_file={password}"]
+    try:
+        password.write_text("wrong\n")
+        refused = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        assert refused.returncode == 2
+        assert "mqtt.password_file" in refused.stderr
+        assert "wrong" not in refused.stderr
+        password.write_text("right\n")
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            assert any("connected (connection 1)" in line for line in process.stderr)
+            process.kill()
+    finally:
+        broker.stop()
+
+
+def test_the_broker_is_reached_over_tls_and_its_certificate_is_checked(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"),
+            *("-keyout", str(key), "-out", str(certificate)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    broker = Mosquitto(tmp_path, f"certfile {certificate}", f"keyfile {key}")
+    broker.start()
+    command = [sys.executable, str(ECHO_DAEMON), str(broker.port), "node", "mqtt.tls=true"]
+    try:
+        for trust, outcome in (
+            ([f"mqtt.ca_file={certificate}"], "connected (connection 1)"),
+            ([], "CERTIFICATE_VERIFY_FAILED"),
+        ):
+            with subprocess.Popen([*command, *trust], stderr=subprocess.PIPE, text=True) as process:
+                assert process.stderr is not None
+                assert any(outcome in line for line in process.stderr)
+                process.kill()
+    finally:
+        broker.stop()
+
+
 def test_a_broker_that_comes_late_is_waited_for(mosquitto: Mosquitto) -> None:
     mosquitto.stop()
     command = [sys.executable, str(ECHO_DAEMON), str(mosquitto.port), "node"]

@@ -17,7 +17,7 @@ START_SECONDS = 10.0
 class Mosquitto:
     """One broker that can be stopped, killed and started again on the same port and data."""
 
-    def __init__(self, directory: Path, *lines: str) -> None:
+    def __init__(self, directory: Path, *lines: str, anonymous: bool = True) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
@@ -26,7 +26,7 @@ class Mosquitto:
             "\n".join(
                 [
                     f"listener {self.port} 127.0.0.1",
-                    "allow_anonymous true",
+                    f"allow_anonymous {str(anonymous).lower()}",
                     # Started by root, it would else become a user who cannot write here.
                     "user root",
                     "persistence true",

@@ -1,0 +1,172 @@
+"""`nestd run` and `nestd ask` as users start them: real engine, real broker, tiny random model."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support.mosquitto import Mosquitto
+
+from nestd.bundle.manifest import Bundle
+from nestd.cli.client import Client
+from nestd.daemon.mqtt.packets import TransportOptions
+from nestd.daemon.mqtt.transport import PahoTransport
+
+pytestmark = pytest.mark.broker
+
+PATIENCE = 60.0
+# Long enough that something can be done to the answer while it is made.
+LONG = {"max_tokens": 400, "temperature": 0, "stream": True}
+
+
+def nestd(*arguments: str) -> list[str]:
+    return [str(Path(sys.executable).with_name("nestd")), *arguments]
+
+
+@pytest.fixture
+def node(
+    mosquitto: Mosquitto, tiny_bundle: Bundle, tmp_path: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    config = tmp_path / "nestd.yaml"
+    config.write_text(
+        f"profile: generic\nnode: tiny\nbundle: {tiny_bundle.path}\n"
+        f"mqtt: {{port: {mosquitto.port}}}\n"
+        "engine: {context_length: 480, prefill_chunk: 32, threads: 1}\n"
+    )
+    with (
+        (tmp_path / "nestd.log").open("wb") as log,
+        subprocess.Popen(nestd("run", "--config", str(config)), stdout=log, stderr=log) as process,
+    ):
+        yield process
+        if process.poll() is None:
+            process.kill()
+
+
+@pytest.fixture
+def client(node: subprocess.Popen[bytes], mosquitto: Mosquitto) -> Iterator[Client]:
+    options = TransportOptions("127.0.0.1", mosquitto.port, client_id="test", clean_start=True)
+    connection = Client(PahoTransport(options), "test", "nestd")
+    connection.connect("tiny", "tiny", PATIENCE)
+    assert node.poll() is None
+    # Answered once the engine is there, so every test starts with a loaded one.
+    events = list(connection.ask(question(max_tokens=1), PATIENCE))
+    assert events[-1]["event"] == "done", events
+    yield connection
+    connection.close()
+
+
+def question(text: str = "turn the light on", **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}]} | fields
+
+
+def engine_of(node: subprocess.Popen[bytes]) -> psutil.Process:
+    return psutil.Process(node.pid).children()[0]
+
+
+def ask(mosquitto: Mosquitto, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = nestd("ask", "turn the light on", "--port", str(mosquitto.port), *arguments)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+
+
+@pytest.mark.usefixtures("client")
+def test_ask_prints_an_answer_at_the_size_it_names(mosquitto: Mosquitto) -> None:
+    for submodel in ("nested", "full"):
+        answer = ask(mosquitto, "--submodel", submodel, "--max-tokens", "12")
+        assert answer.returncode == 0, answer.stderr
+        assert f"[{submodel} | " in answer.stderr
+        assert "tokens/s" in answer.stderr
+
+
+@pytest.mark.usefixtures("client")
+def test_ask_returns_one_for_an_error_and_two_without_a_node(mosquitto: Mosquitto) -> None:
+    unknown = ask(mosquitto, "--submodel", "huge")
+    assert unknown.returncode == 1
+    assert "404 model_not_found" in unknown.stderr
+    absent = ask(mosquitto, "--node", "nobody")
+    assert absent.returncode == 2
+    assert "online are tiny" in absent.stderr
+    cancelled = ask(mosquitto, "--max-tokens", "440", "--cancel-after", "0")
+    assert cancelled.returncode == 1
+    assert "499 cancelled" in cancelled.stderr
+
+
+def test_streamed_text_adds_up_to_the_answer(client: Client) -> None:
+    events = list(client.ask(question(**LONG), PATIENCE))
+    text = "".join(e["text"] for e in events if e["event"] == "delta")
+    assert text == events[-1]["text"]
+    assert events[-1]["usage"]["completion_tokens"] > 50
+
+
+def test_the_size_changes_in_the_middle_of_an_answer(client: Client) -> None:
+    events = client.ask(question(id="a", submodel="full", **LONG), PATIENCE)
+    next(e for e in events if e["event"] == "delta")
+    client.control("submodel", {"submodel": "nested", "id": "a"})
+    done = list(events)[-1]
+    assert [s["submodel"] for s in done["switches"]] == ["full", "nested"]
+    assert done["submodel"] == "nested"
+
+
+def test_an_engine_that_is_killed_is_replaced_and_the_answer_is_the_same(
+    client: Client, node: subprocess.Popen[bytes]
+) -> None:
+    whole = list(client.ask(question(**LONG), PATIENCE))[-1]["text"]
+    events = client.ask(question(**LONG), PATIENCE)
+    next(e for e in events if e["event"] == "delta")
+    engine_of(node).kill()
+    done = list(events)[-1]
+    assert (done["event"], done["attempt"]) == ("done", 2)
+    assert done["text"] == whole
+
+
+def test_a_stopped_daemon_finishes_its_answer_and_leaves_nothing_behind(
+    client: Client, node: subprocess.Popen[bytes]
+) -> None:
+    engine = engine_of(node)
+    events = client.ask(question(**LONG), PATIENCE)
+    next(e for e in events if e["event"] == "delta")
+    started = time.monotonic()
+    node.send_signal(signal.SIGTERM)
+    assert list(events)[-1]["event"] == "done"
+    assert node.wait(10) == 0
+    assert time.monotonic() - started < 10
+    assert not engine.is_running()
+
+
+@pytest.mark.usefixtures("client")
+def test_a_killed_daemon_leaves_no_engine_behind(node: subprocess.Popen[bytes]) -> None:
+    engine = engine_of(node)
+    node.kill()
+    node.wait()
+    psutil.wait_procs([engine], timeout=10)
+    assert not engine.is_running()
+
+
+@pytest.mark.usefixtures("client")
+def test_mosquittos_request_response_tool_gets_the_answer(mosquitto: Mosquitto) -> None:
+    reply = subprocess.run(
+        [
+            "mosquitto_rr",
+            *("-p", str(mosquitto.port), "-W", "20", "-q", "1"),
+            *("-t", "nestd/v1/tiny/request/generate", "-e", "clients/shell/answer"),
+            *("-m", json.dumps(question(max_tokens=5))),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(reply.stdout)["usage"]["completion_tokens"] == 5
+
+
+def test_a_bundle_that_is_missing_is_one_clear_sentence(tmp_path: Path) -> None:
+    command = nestd("run", "--profile", "generic", "--bundle", str(tmp_path / "none"))
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert result.returncode == 2
+    assert "nestd convert" in result.stderr
+    assert "Traceback" not in result.stderr
