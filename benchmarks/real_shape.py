@@ -1,0 +1,193 @@
+"""Convert and run a random checkpoint of real E4B shapes: bytes, memory, speed, and a switch.
+
+    python benchmarks/real_shape.py CHECKPOINT WORK_DIRECTORY --bits 8 4
+
+CHECKPOINT comes from benchmarks/random_checkpoint.py. Writes benchmarks/results/real_shape.json and
+.md. Each width is converted in a process of its own, for its peak memory, and run in another. Both
+sizes are measured in turn on the same loaded engine; the figures are medians of --runs rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+PROMPTS = (128, 512)
+DECODE = 32
+SIZES = ("E2B", "E4B")
+RESULTS = Path(__file__).parent / "results"
+
+
+def convert(checkpoint: Path, bundle: Path, bits: int) -> dict[str, float]:
+    """Convert in a child process; return seconds and peak resident bytes."""
+    shutil.rmtree(bundle, ignore_errors=True)
+    command = ["nestd", "convert", str(checkpoint), str(bundle), "--bits", str(bits)]
+    start = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(command)} failed")
+    return {"seconds": time.monotonic() - start, "peak_rss_bytes": usage.ru_maxrss * 1024}
+
+
+def memory() -> dict[str, int]:
+    """Return this process's resident bytes: all, anonymous, and of files."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    kib = {key: int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "RssAnon", "RssFile")}
+    return {"rss": kib["VmRSS"], "anonymous": kib["RssAnon"], "file": kib["RssFile"]}
+
+
+def measure(bundle_path: Path, threads: int, runs: int) -> dict[str, Any]:
+    """Load the bundle and measure; runs in a process of its own."""
+    from nestd.bundle.manifest import Bundle
+    from nestd.daemon.engine.graphs import Graphs
+    from nestd.daemon.engine.messages import EngineOptions
+
+    bundle = Bundle.open(bundle_path)
+    start = time.monotonic()
+    graphs = Graphs(bundle, EngineOptions(threads=threads))
+    result: dict[str, Any] = {"load_seconds": time.monotonic() - start, "loaded": memory()}
+    random = np.random.default_rng(0)
+    submodels = {name: bundle.manifest.submodel(name) for name in SIZES}
+    rates: dict[str, list[float]] = {}
+    for _ in range(runs):
+        for name, submodel in submodels.items():
+            for prompt in PROMPTS:
+                cache = graphs.new_cache(prompt + DECODE)
+                ids = random.integers(5, 200000, prompt)
+                start = time.monotonic()
+                for first in range(0, prompt, 128):
+                    last = first + 128 >= prompt
+                    graphs.run(ids[first : first + 128], cache, submodel, need_logits=last)
+                seconds = time.monotonic() - start
+                rates.setdefault(f"{name} prefill {prompt}", []).append(prompt / seconds)
+                start = time.monotonic()
+                for token in random.integers(5, 200000, DECODE):
+                    graphs.run(np.array([token]), cache, submodel, need_logits=True)
+                seconds = time.monotonic() - start
+                rates.setdefault(f"{name} decode after {prompt}", []).append(DECODE / seconds)
+            result[f"resident after {name}"] = memory()
+    result["tokens_per_second"] = {key: statistics.median(values) for key, values in rates.items()}
+    result["switch"] = switch(graphs, submodels, runs)
+    return result
+
+
+def switch(graphs: Any, submodels: Any, runs: int) -> dict[str, float]:  # noqa: ANN401
+    """Return milliseconds of the first step after a switch, beside a step without one."""
+    cache = graphs.new_cache(64 + 16 * runs)
+    graphs.run(np.arange(5, 69), cache, submodels["E4B"], need_logits=False)
+    times: dict[str, list[float]] = {}
+    for _ in range(runs):
+        for name in ("E4B", "E2B"):
+            for kind in ("first step", "second step"):
+                start = time.monotonic()
+                graphs.run(np.array([7]), cache, submodels[name], need_logits=True)
+                times.setdefault(f"{name} {kind} ms", []).append(
+                    1000 * (time.monotonic() - start)
+                )
+    return {key: statistics.median(values) for key, values in times.items()}
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    lines = Path("/proc/cpuinfo").read_text(encoding="ascii").splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
+    return {
+        "cpu": model or platform.machine(),
+        "cores": psutil.cpu_count(),
+        "threads": threads,
+        "memory_bytes": psutil.virtual_memory().total,
+        "commit": commit,
+        "python": platform.python_version(),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return the report as Markdown."""
+    widths = list(report["bundles"])
+    lines = [
+        "# A bundle of real E4B shapes",
+        "",
+        "Random weights: speed, memory and bytes only. Medians of "
+        f"{report['runs']} rounds, both sizes in turn on one loaded engine. "
+        f"{report['machine']['cpu']}, {report['machine']['threads']} threads, "
+        f"commit {report['machine']['commit']}.",
+        "",
+        "| | " + " | ".join(f"int{width}" for width in widths) + " |",
+        "|---|" + "---|" * len(widths),
+    ]
+
+    def row(name: str, value: Any) -> None:  # noqa: ANN401
+        cells = [value(report["bundles"][width]) for width in widths]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+
+    row("conversion, s", lambda b: f"{b['conversion']['seconds']:.0f}")
+    row("conversion, peak RSS, MB", lambda b: f"{b['conversion']['peak_rss_bytes'] / 1e6:.0f}")
+    for section in ("embed_tokens", "per_layer_embeddings", "decoder"):
+        row(f"{section}, MB on disk", lambda b, s=section: f"{b['sections'][s] / 1e6:.0f}")
+    row("load, s", lambda b: f"{b['run']['load_seconds']:.1f}")
+    for when in ("loaded", *(f"resident after {name}" for name in SIZES)):
+        row(
+            f"{when}: RSS (anonymous + file), MB",
+            lambda b, w=when: f"{b['run'][w]['rss'] / 1e6:.0f} "
+            f"({b['run'][w]['anonymous'] / 1e6:.0f} + {b['run'][w]['file'] / 1e6:.0f})",
+        )
+    first = report["bundles"][widths[0]]["run"]
+    for key in first["tokens_per_second"]:
+        row(f"{key}, tokens/s", lambda b, k=key: f"{b['run']['tokens_per_second'][k]:.1f}")
+    for key in first["switch"]:
+        row(f"switch: {key}", lambda b, k=key: f"{b['run']['switch'][k]:.1f}")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4])
+    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False))
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure, args.threads, args.runs)))
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    report: dict[str, Any] = {"machine": machine(args.threads), "runs": args.runs, "bundles": {}}
+    for bits in args.bits:
+        bundle = args.work / f"int{bits}"
+        conversion = convert(args.checkpoint, bundle, bits)
+        command = [sys.executable, __file__, str(args.checkpoint), str(args.work)]
+        command += ["--threads", str(args.threads), "--runs", str(args.runs)]
+        out = subprocess.run([*command, "--measure", str(bundle)], check=True, capture_output=True)
+        sections = json.loads((bundle / "manifest.json").read_text())["sections"]
+        report["bundles"][str(bits)] = {
+            "conversion": conversion,
+            "sections": sections,
+            "run": json.loads(out.stdout),
+        }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "real_shape.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / "real_shape.md").write_text(table(report))
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()
