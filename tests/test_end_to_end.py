@@ -140,10 +140,6 @@ def test_a_stopped_daemon_finishes_its_answer_and_leaves_nothing_behind(
     assert not engine.is_running()
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="engine/worker.py: a reset socket ends the reader thread, and the process waits on",
-)
 @pytest.mark.usefixtures("client")
 def test_a_killed_daemon_leaves_no_engine_behind(node: subprocess.Popen[bytes]) -> None:
     engine = engine_of(node)

@@ -230,9 +230,13 @@ def serve(channel: socket.socket, bundle_path: Path, options: EngineOptions) -> 
 
 
 def _read(reader: BinaryIO, inbox: queue.SimpleQueue[Command | None]) -> None:
-    for line in reader:
-        inbox.put(COMMANDS.validate_json(line))
-    inbox.put(None)
+    try:
+        for line in reader:
+            inbox.put(COMMANDS.validate_json(line))
+    except ConnectionResetError:
+        pass  # the daemon died with events of ours unread: the same end
+    finally:
+        inbox.put(None)
 
 
 def _prefer_as_oom_victim() -> None:
