@@ -100,8 +100,8 @@ def latch(snapshot: Snapshot, elastic: ElasticSettings, before: Latches) -> Latc
         before,
         band=_band(snapshot, elastic.battery, before.band),
         hot=hot,
-        weak_until=weak_until if weak_until is not None and now < weak_until else None,
-        thrash_until=thrash_until if thrash_until is not None and now < thrash_until else None,
+        weak_until=weak_until if weak_until is not None and now <= weak_until else None,
+        thrash_until=thrash_until if thrash_until is not None and now <= thrash_until else None,
         oom_kills=memory.oom_kills,
     )
 
