@@ -1,91 +1,21 @@
-"""The policy: tables of situations, and properties over random traces."""
-
-from dataclasses import replace
-from pathlib import Path
+"""The policy, situation by situation."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from support.elastic import MANIFEST, PI5, Run, board, configure
 
 from nestd.bundle.errors import ConfigError, InsufficientMemory, ModelNotFound, PowerSaver
-from nestd.bundle.manifest import Manifest
-from nestd.daemon.config import Settings, load_settings
-from nestd.daemon.elastic.cost import ModelCost, Stage, pareto_front
-from nestd.daemon.elastic.memory import Memory
+from nestd.daemon.config import Settings
+from nestd.daemon.elastic.cost import ModelCost, pareto_front
 from nestd.daemon.elastic.plan import Plan, RequestMix
 from nestd.daemon.elastic.policy import PolicyState, check_names, decide
-from nestd.daemon.elastic.power import Power
 from nestd.daemon.elastic.resources import Snapshot
 from nestd.daemon.elastic.task import Task, choose
-from nestd.daemon.elastic.thermal import Thermal
-
-MANIFEST = Manifest.model_validate_json(
-    (Path(__file__).parent / "recorded/e4b-int4/manifest.json").read_text()
-)
-GIB = 2**30
-NONE = Path("/nonexistent")
-
-
-def configure(profile: str = "raspberry-pi-5-8gb", **overrides: object) -> Settings:
-    keys = {key.replace("__", "."): value for key, value in overrides.items()}
-    return load_settings(profile=profile, overrides=keys, environ={}, root=NONE)
-
-
-PI5 = configure()
-
-
-def board(
-    time: float = 0.0,
-    free_gib: float | None = 7.0,
-    celsius: float | None = 50.0,
-    battery: float | None = None,
-    under_voltage: bool | None = False,
-    watts: float | None = None,
-    some: float | None = 0.0,
-    full: float | None = 0.0,
-    throttled: bool | None = False,
-    oom_kills: int | None = 0,
-) -> Snapshot:
-    return Snapshot(
-        time=time,
-        memory=Memory(
-            available_bytes=None if free_gib is None else int(free_gib * GIB),
-            pressure_some_percent=some,
-            pressure_full_percent=full,
-            oom_kills=oom_kills,
-        ),
-        power=Power(
-            on_battery=battery is not None,
-            battery_percent=battery,
-            under_voltage=under_voltage,
-            throttled=throttled,
-            watts=watts,
-        ),
-        thermal=Thermal(celsius=celsius),
-    )
 
 
 def first(snapshot: Snapshot, config: Settings = PI5, mix: RequestMix | None = None) -> Plan:
     plan = decide(snapshot, config, MANIFEST, mix or RequestMix(), PolicyState()).plan
     assert plan is not None
     return plan
-
-
-class Run:
-    """A policy over time: `run(seconds, snapshot)` repeats it each second."""
-
-    def __init__(self, config: Settings = PI5, mix: RequestMix | None = None) -> None:
-        self.config, self.mix = config, mix or RequestMix()
-        self.state, self.time = PolicyState(), 0.0
-
-    def __call__(self, seconds: float, snapshot: Snapshot, step: float = 1.0) -> Plan:
-        end = self.time + seconds
-        while self.time < end:
-            now = replace(snapshot, time=self.time)
-            self.state = decide(now, self.config, MANIFEST, self.mix, self.state)
-            self.time += step
-        assert self.state.plan is not None
-        return self.state.plan
 
 
 # The ladder
@@ -371,145 +301,3 @@ def test_a_plan_is_plain_data_for_the_state_topic_and_does_not_flicker() -> None
         "reason": "nothing stands against the top of the ladder",
     }
     assert data["refusal"] is None
-
-
-# Properties over random traces
-
-facts = st.builds(
-    board,
-    free_gib=st.one_of(st.none(), st.floats(0.5, 8)),
-    celsius=st.one_of(st.none(), st.floats(30, 90)),
-    battery=st.one_of(st.none(), st.floats(0, 100)),
-    under_voltage=st.one_of(st.none(), st.booleans()),
-    watts=st.one_of(st.none(), st.floats(2, 20)),
-    some=st.one_of(st.none(), st.floats(0, 30)),
-    full=st.one_of(st.none(), st.floats(0, 30)),
-    throttled=st.one_of(st.none(), st.booleans()),
-)
-mixes = st.builds(
-    RequestMix,
-    wanted=st.sets(st.sampled_from(["vision", "audio"])).map(frozenset),
-    preference=st.sampled_from(["auto", "E2B", "E2.69B", "E4B"]),
-)
-traces = st.lists(st.tuples(st.integers(1, 90), facts, mixes), min_size=1, max_size=12)
-configs = st.sampled_from(
-    [
-        PI5,
-        configure("raspberry-pi-4-4gb"),
-        configure("raspberry-pi-5-16gb", elastic__power__watt_cap=9.0),
-        configure("jetson-orin-nano-8gb", weights="resident"),
-    ]
-)
-
-
-def hard_limits_hold(snapshot: Snapshot, config: Settings, plan: Plan) -> None:
-    elastic = config.elastic
-    if plan.largest.value is None:
-        assert plan.refusal is not None
-        return
-    cost = ModelCost.of(MANIFEST, config)
-    largest = MANIFEST.submodel(plan.largest.value)
-    smallest = cost.ladder[0]
-    if snapshot.memory.free_bytes is not None:
-        need = cost.bytes_of(
-            Stage(largest, plan.context_length.value), plan.modalities.value, plan.concurrency.value
-        )
-        assert need <= snapshot.memory.free_bytes - elastic.memory.reserve_bytes
-    if elastic.max_effective_params is not None:
-        assert largest.effective_params <= elastic.max_effective_params
-    throttle, celsius = elastic.thermal.throttle_c, snapshot.thermal.celsius
-    hot = throttle and celsius and celsius >= throttle - elastic.thermal.hard_margin_c
-    if hot or snapshot.power.under_voltage:
-        assert largest == smallest
-        assert plan.threads.value is not None
-        assert plan.threads.value <= elastic.power.constrained_threads
-    percent = snapshot.power.battery_percent
-    if percent is not None:
-        assert percent >= elastic.battery.critical_percent
-        assert percent >= elastic.battery.low_percent or largest == smallest
-    assert plan.submodel.value is not None
-    default = MANIFEST.submodel(plan.submodel.value)
-    assert default.effective_params <= largest.effective_params
-
-
-@settings(deadline=None, max_examples=150)
-@given(trace=traces, config=configs)
-def test_no_plan_is_ever_above_a_hard_limit(
-    trace: list[tuple[int, Snapshot, RequestMix]], config: Settings
-) -> None:
-    run = Run(config)
-    for seconds, snapshot, mix in trace:
-        run.mix = mix
-        for _ in range(0, seconds, 7):
-            hard_limits_hold(snapshot, config, run(1, snapshot))
-
-
-@settings(deadline=None, max_examples=100)
-@given(trace=traces, config=configs)
-def test_the_plan_never_flaps(
-    trace: list[tuple[int, Snapshot, RequestMix]], config: Settings
-) -> None:
-    """Nothing grows sooner than the calm time after any move, and soft steps are bounded."""
-    run, pace = Run(config), config.elastic.pace
-    moved, before = 0.0, None
-    for seconds, snapshot, mix in trace:
-        run.mix = mix
-        for _ in range(seconds):
-            run(1, snapshot)
-            stage = run.state.pace.stage
-            assert stage is not None
-            if before is not None and stage != before:
-                if stage > before:
-                    assert run.time - 1 - moved >= pace.grow_after_s
-                moved = run.time - 1
-            before = stage
-
-
-@settings(deadline=None, max_examples=30)
-@given(low=facts, high=facts, period=st.integers(1, 40))
-def test_an_oscillating_board_moves_the_plan_ever_more_rarely(
-    low: Snapshot, high: Snapshot, period: int
-) -> None:
-    """Two hours of the worst alternation grow the plan a few times, not hundreds of times."""
-    run, ups, before = Run(), 0, None
-    for turn in range(7200 // (2 * period)):
-        for snapshot in (low, high):
-            run(period, snapshot)
-            stage = run.state.pace.stage
-            assert stage is not None
-            ups += before is not None and stage > before
-            before = stage
-        if turn > 400:
-            break
-    assert ups <= 24
-
-
-@settings(deadline=None, max_examples=60)
-@given(trace=traces, config=configs, free_gib=st.floats(0.5, 8))
-def test_after_a_calm_time_the_plan_is_the_largest_affordable(
-    trace: list[tuple[int, Snapshot, RequestMix]], config: Settings, free_gib: float
-) -> None:
-    run = Run(config)
-    for seconds, snapshot, mix in trace:
-        run.mix = mix
-        run(seconds, snapshot, step=5)
-    run.mix = RequestMix()
-    run(6 * 3600, board(free_gib=free_gib, watts=3.0), step=15)
-
-    cost, memory = ModelCost.of(MANIFEST, config), config.elastic.memory
-    free = int(free_gib * GIB) - memory.reserve_bytes
-    cap = config.elastic.max_effective_params
-
-    def largest(budget: int) -> int:
-        allowed = [
-            index
-            for index, stage in enumerate(cost.stages)
-            if cost.bytes_of(stage) <= budget
-            and (cap is None or stage.submodel.effective_params <= cap)
-        ]
-        return max(allowed, default=-1)
-
-    stage = run.state.pace.stage
-    assert stage is not None
-    # Where it has not been above, the margin for growing stays free.
-    assert largest(free - memory.grow_margin_bytes) <= stage <= largest(free)
