@@ -75,7 +75,9 @@ def write_shard(path: Path, shard: dict[str, tuple[int, ...]], pool: np.ndarray)
             count = math.prod(shape)
             scale = np.float32(shape[-1] ** -0.5)
             if "q_norm" in name:
-                file.write((np.ones(count) * shape[-1] ** -0.5).astype(ml_dtypes.bfloat16).tobytes())
+                file.write(
+                    (np.ones(count) * shape[-1] ** -0.5).astype(ml_dtypes.bfloat16).tobytes()
+                )
                 continue
             if "norm" in name or "correct_output_scale" in name:
                 file.write(np.ones(count, ml_dtypes.bfloat16).tobytes())

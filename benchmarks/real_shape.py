@@ -96,9 +96,7 @@ def switch(graphs: Any, submodels: Any, runs: int) -> dict[str, float]:  # noqa:
             for kind in ("first step", "second step"):
                 start = time.monotonic()
                 graphs.run(np.array([7]), cache, submodels[name], need_logits=True)
-                times.setdefault(f"{name} {kind} ms", []).append(
-                    1000 * (time.monotonic() - start)
-                )
+                times.setdefault(f"{name} {kind} ms", []).append(1000 * (time.monotonic() - start))
     return {key: statistics.median(values) for key, values in times.items()}
 
 
@@ -121,14 +119,13 @@ def machine(threads: int) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """Return the report as Markdown."""
-    widths = list(report["bundles"])
+    widths, machine = list(report["bundles"]), report["machine"]
     lines = [
         "# A bundle of real E4B shapes",
         "",
-        "Random weights: speed, memory and bytes only. Medians of "
-        f"{report['runs']} rounds, both sizes in turn on one loaded engine. "
-        f"{report['machine']['cpu']}, {report['machine']['threads']} threads, "
-        f"commit {report['machine']['commit']}.",
+        "Random weights: speed, memory and bytes only. Both sizes in turn on one loaded engine,",
+        f"medians of {report['runs']} rounds. {machine['cpu']}, {machine['threads']} threads,",
+        f"commit {machine['commit']}.",
         "",
         "| | " + " | ".join(f"int{width}" for width in widths) + " |",
         "|---|" + "---|" * len(widths),
@@ -146,8 +143,10 @@ def table(report: dict[str, Any]) -> str:
     for when in ("loaded", *(f"resident after {name}" for name in SIZES)):
         row(
             f"{when}: RSS (anonymous + file), MB",
-            lambda b, w=when: f"{b['run'][w]['rss'] / 1e6:.0f} "
-            f"({b['run'][w]['anonymous'] / 1e6:.0f} + {b['run'][w]['file'] / 1e6:.0f})",
+            lambda b, w=when: (
+                f"{b['run'][w]['rss'] / 1e6:.0f} "
+                f"({b['run'][w]['anonymous'] / 1e6:.0f} + {b['run'][w]['file'] / 1e6:.0f})"
+            ),
         )
     first = report["bundles"][widths[0]]["run"]
     for key in first["tokens_per_second"]:

@@ -1,7 +1,7 @@
 """The errors of nestd: one small tree.
 
     NestdError
-    ├── RequestError          answered to the client: a wire code and a status (docs/mqtt.md, Errors)
+    ├── RequestError          answered to the client: a wire code and a status (docs/mqtt.md)
     │   ├── BadRequest 400, ModelNotFound 404, Expired 408, IdReused 409, TooLarge 413,
     │   ├── UnsupportedMedia 415, QueueFull 429, Cancelled 499, Internal 500,
     │   └── Loading 503, PowerSaver 503, ModalityUnavailable 503, InsufficientMemory 507

@@ -167,9 +167,7 @@ class Manifest(_Strict):
     def _check(self) -> Manifest:
         for submodel in self.submodels:
             try:
-                check_slice(
-                    submodel.slice, self.model.num_layers, self.model.num_kv_shared_layers
-                )
+                check_slice(submodel.slice, self.model.num_layers, self.model.num_kv_shared_layers)
             except BundleError as error:
                 raise ValueError(str(error)) from error
         for name in self.files:

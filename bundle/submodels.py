@@ -130,4 +130,3 @@ def slices_for(
     if len(widenable) < 2:
         return [nested, full]
     return [nested, Slice("half", tuple(widenable[len(widenable) // 2 :]), ()), full]
-

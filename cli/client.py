@@ -95,20 +95,20 @@ class Client:
         started = time.monotonic()
         deadline = started + timeout
         waiting = sorted(later, key=lambda due: due.seconds)
-        self._send("generate", fields)
+        self.send("generate", fields)
         while True:
             until = min([deadline, *(started + due.seconds for due in waiting[:1])])
             event = self._next(until)
             while waiting and time.monotonic() >= started + waiting[0].seconds:
                 due = waiting.pop(0)
-                self._send(due.verb, {"id": fields["id"]} | due.fields)
+                self.send(due.verb, {"id": fields["id"]} | due.fields)
             if event is None and time.monotonic() >= deadline:
                 raise BrokerError(f"no answer came within {timeout:.0f} s: is the node alive?")
             if isinstance(event, GaveUp):
                 raise BrokerError(event.reason)
             if isinstance(event, Connected):
                 self._subscribe()
-                self._send("generate", fields)
+                self.send("generate", fields)
             answer = self._answer(event)
             if answer is None or answer.get("id") not in (fields["id"], None):
                 continue
@@ -124,7 +124,7 @@ class Client:
             BrokerError: none came.
         """
         transaction = uuid.uuid4().hex
-        self._send(verb, {"transaction": transaction} | fields)
+        self.send(verb, {"transaction": transaction} | fields)
         deadline = time.monotonic() + CONTROL_SECONDS
         while (event := self._next(deadline)) is not None:
             answer = self._answer(event)
@@ -168,7 +168,8 @@ class Client:
             ]
         )
 
-    def _send(self, verb: Verb, fields: dict[str, Any]) -> None:
+    def send(self, verb: Verb, fields: dict[str, Any]) -> None:
+        """Publish a request without waiting for its reply."""
         assert self._topics is not None, "connect() comes first"
         # `reply_to` serves MQTT 3.1.1 connections, which have no Response Topic.
         fields = fields | {"reply_to": self._reply_topic}

@@ -37,13 +37,13 @@ def run(args: argparse.Namespace) -> int:
 def describe(bundle: Bundle) -> str:
     """Return the bundle's description for people."""
     manifest = bundle.manifest
-    quantization = manifest.quantization
+    quantization, source = manifest.quantization, manifest.source
     width = f"{quantization.bits} bits"
     if quantization.bits != 32:
         width += f" in blocks of {quantization.block_size}"
     lines = [
-        f"{manifest.name}: {manifest.source.architecture} from {manifest.source.checkpoint}, {width}",
-        f"modalities: {', '.join(manifest.modalities)}; "
+        f"{manifest.name}: {source.architecture} from {source.checkpoint}, {width}",
+        f"modalities: {', '.join(manifest.modalities)}",
         f"needs {_megabytes(manifest.minimum_ram_bytes)} of RAM at least",
         "",
         "section                        on disk",

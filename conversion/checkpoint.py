@@ -1,8 +1,8 @@
 """A Hugging Face checkpoint directory, read lazily: config.json and safetensors shards.
 
 Tensors are read as row ranges, so nothing larger than a chunk is ever in memory. Names are
-normalised to those of `Gemma3nTextModel` (`layers.0.self_attn.q_proj.weight`, `embed_tokens.weight`),
-whichever class wrote the checkpoint. Needs safetensors, never torch.
+normalised to those of `Gemma3nTextModel` (`layers.0.self_attn.q_proj.weight`), whichever class
+wrote the checkpoint. Needs safetensors, never torch.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from nestd.bundle.errors import CheckpointError
 
 Float32 = npt.NDArray[np.float32]
 
-# Where the text decoder's weights hang, by the class that saved them: Gemma3nForConditionalGeneration
-# (transformers >= 4.54, and its older layout) and Gemma3nForCausalLM.
+# Where the text decoder's weights hang, by the class that saved them:
+# Gemma3nForConditionalGeneration (transformers >= 4.54, and its older layout), Gemma3nForCausalLM.
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 # Gemma3nForCausalLM.save_pretrained of transformers 4.57 inserts its prefix inside this name too.
 MISNAMED = ("per_layer_model.language_model_projection", "per_layer_model_projection")
@@ -186,5 +186,5 @@ def _normalise(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
                 if name.startswith(prefix)
             }
     raise CheckpointError(
-        "the checkpoint has no embed_tokens.weight: it is not a Gemma 3n model, or a shard is missing"
+        "the checkpoint has no embed_tokens.weight: it is no Gemma 3n model, or a shard is missing"
     )

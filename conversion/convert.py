@@ -243,9 +243,7 @@ def _bytes_to_read(checkpoint: Checkpoint, model: ModelConfig) -> int:
         for layer in range(model.first_kv_shared_layer, model.num_layers)
         for part in ("k_", "v_")
     )
-    return sum(
-        info.nbytes for name, info in checkpoint.text.items() if not name.startswith(unused)
-    )
+    return sum(info.nbytes for name, info in checkpoint.text.items() if not name.startswith(unused))
 
 
 def _architecture(checkpoint: Checkpoint) -> str:

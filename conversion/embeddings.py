@@ -85,7 +85,7 @@ def write_embed_tokens(
     graph = GraphBuilder("embed_tokens", weights, table.block)
     scale = graph.constant(np.sqrt(model.hidden_size))
     graph.op("Mul", table.rows(graph, "input_ids"), scale, output="inputs_embeds")
-    shape = ["batch", "sequence", model.hidden_size]
+    shape: list[int | str] = ["batch", "sequence", model.hidden_size]
     graph.save(path, [_ids()], [tensor_info("inputs_embeds", TensorProto.FLOAT, shape)])
 
 
@@ -98,13 +98,15 @@ def write_per_layer_embeddings(
     Gemma3nModel.forward does.
     """
     graph = GraphBuilder("per_layer_embeddings", weights, table.block)
-    inside = graph.op("Less", "input_ids", graph.constant(model.vocab_size_per_layer_input, np.int64))
+    inside = graph.op(
+        "Less", "input_ids", graph.constant(model.vocab_size_per_layer_input, np.int64)
+    )
     ids = graph.op("Where", inside, "input_ids", graph.constant(0, np.int64))
     width, layers = model.hidden_size_per_layer_input, model.num_layers
     rows = graph.op("Mul", table.rows(graph, ids), graph.constant(np.sqrt(width)))
     shape = graph.constant([0, 0, layers, width], np.int64)
     graph.op("Reshape", rows, shape, output="per_layer_inputs")
-    dims = ["batch", "sequence", layers, width]
+    dims: list[int | str] = ["batch", "sequence", layers, width]
     graph.save(path, [_ids()], [tensor_info("per_layer_inputs", TensorProto.FLOAT, dims)])
 
 

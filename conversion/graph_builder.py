@@ -61,9 +61,7 @@ class GraphBuilder:
         **attributes: Any,  # noqa: ANN401  (ONNX attributes)
     ) -> str:
         """Add a node with one output and return the output's name."""
-        (result,) = self.ops(
-            op_type, *inputs, outputs=[output or ""], domain=domain, **attributes
-        )
+        (result,) = self.ops(op_type, *inputs, outputs=[output or ""], domain=domain, **attributes)
         return result
 
     def ops(
@@ -74,7 +72,7 @@ class GraphBuilder:
         domain: str = "",
         **attributes: Any,  # noqa: ANN401  (ONNX attributes)
     ) -> list[str]:
-        """Add a node with several outputs (their names, empty ones chosen here, or their number)."""
+        """Add a node with several outputs: their names (empty ones chosen here) or their number."""
         node = f"{op_type}_{next(self._counter)}"
         names = [""] * outputs if isinstance(outputs, int) else list(outputs)
         names = [given or f"{node}:{index}" for index, given in enumerate(names)]

@@ -30,7 +30,7 @@ def read_model_config(
             Gemma 3n E4B does.
 
     Raises:
-        CheckpointError: another architecture, a missing number, or a feature that is not Gemma 3n's.
+        CheckpointError: another architecture, a missing number, or a feature Gemma 3n lacks.
     """
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
@@ -109,8 +109,9 @@ def _rope_thetas(text: Mapping[str, Any]) -> tuple[float, float]:
     """Return the theta of full and of sliding layers, from the keys of transformers 4 or 5."""
     parameters = text.get("rope_parameters")
     if isinstance(parameters, Mapping):
-        by_type = [parameters.get(kind) for kind in ("full_attention", "sliding_attention")]
-        if not all(isinstance(item, Mapping) for item in by_type):
+        kinds = ("full_attention", "sliding_attention")
+        by_type = [item for kind in kinds if isinstance(item := parameters.get(kind), Mapping)]
+        if len(by_type) != len(kinds):
             raise CheckpointError("config.json: rope_parameters needs full and sliding_attention")
         scaled = [item for item in by_type if item.get("rope_type", "default") != "default"]
         thetas = [item.get("rope_theta") for item in by_type]
@@ -120,9 +121,10 @@ def _rope_thetas(text: Mapping[str, Any]) -> tuple[float, float]:
         thetas = [text.get("rope_theta"), text.get("rope_local_base_freq")]
     if scaled:
         raise CheckpointError("config.json: RoPE scaling is not part of Gemma 3n")
-    if not all(isinstance(theta, (int, float)) and theta > 0 for theta in thetas):
+    known = [float(theta) for theta in thetas if isinstance(theta, int | float) and theta > 0]
+    if len(known) != 2:
         raise CheckpointError("config.json: rope_theta and rope_local_base_freq must be given")
-    return float(thetas[0]), float(thetas[1])
+    return known[0], known[1]
 
 
 def _integer(text: Mapping[str, Any], key: str) -> int:

@@ -14,7 +14,7 @@ MINIMUM_BLOCK = 16
 
 
 def block_for(columns: int, block_size: int) -> int | None:
-    """Return the largest block up to `block_size` that divides `columns`, None if all are too small.
+    """Return the largest block up to `block_size` that divides `columns`, None if none does.
 
     Blocks are powers of two of at least 16 (ONNX Runtime's rule).
     """

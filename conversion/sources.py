@@ -48,8 +48,8 @@ def _hugging_face(repository: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"cannot download {repository} from Hugging Face ({first_line}): check the name, accept "
-            "the licence on the model's page, and log in with `hf auth login`"
+            f"cannot download {repository} from Hugging Face ({first_line}): check the name, "
+            "accept the licence on the model's page, and log in with `hf auth login`"
         ) from error
 
 

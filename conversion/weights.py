@@ -1,4 +1,4 @@
-"""Where weights come from and where they go: matrices read in chunks, and the file they stream to."""
+"""Where weights come from and where they go: matrices read in chunks, and a file to stream to."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class WeightFile:
         return offset
 
     def _write(self, value: npt.NDArray[np.generic], offset: int) -> int:
-        view = memoryview(value.reshape(-1).view(np.uint8))
+        view = memoryview(value.reshape(-1).view(np.uint8).data)
         while view:
             written = os.pwrite(self._descriptor, view, offset)
             offset += written
@@ -139,7 +139,12 @@ class WeightFile:
         return offset
 
     def _tensor(
-        self, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic], offset: int, length: int
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype[np.generic],
+        offset: int,
+        length: int,
     ) -> TensorProto:
         tensor = TensorProto(name=name, data_type=DATA_TYPES[dtype], dims=shape)
         tensor.data_location = TensorProto.EXTERNAL

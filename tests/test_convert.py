@@ -324,7 +324,7 @@ def test_transformers_5_checkpoints_without_unused_keys_and_with_new_rope_keys_c
 
 
 def test_effective_parameters_of_published_slices_match_the_published_numbers() -> None:
-    """Published counts include the keys and values of layers that share a cache; those never run."""
+    """Published counts include keys and values of layers that share a cache; those never run."""
     config = json.loads((Path(__file__).parent / "recorded" / "gemma-3n-e4b.json").read_text())
     model = read_model_config(config)
     slices = slices_for(

@@ -73,7 +73,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def decode(
     graphs: Graphs, ids: Any, submodel: Submodel, prompt: int, chunk: int
 ) -> tuple[list[Any], KVCache]:
-    """Prefill `prompt` ids in chunks and run the rest one by one; return logits from the prompt's end."""
+    """Prefill `prompt` ids in chunks, run the rest one by one; return logits from the prompt on."""
     cache = graphs.new_cache(len(ids))
     logits = []
     for start in range(0, prompt, chunk):
@@ -169,15 +169,13 @@ def test_published_slices_differ_from_each_other(e4b: Tiny) -> None:
 
 
 def test_switching_mid_answer_equals_each_step_at_its_size_on_the_same_cache(e4b: Tiny) -> None:
-    """The reference runs each step on a separate transformers model, on one cache that they share."""
+    """The reference runs each step on a transformers model of its own, on one cache for all."""
     graphs = e4b.graphs(32)
     plan = ["E4B"] * 3 + ["E2B"] * 5 + ["E2.98B"] * 4 + ["E4B"] * 2 + ["E1.96B"] * 6
     references = {}
     for name in set(plan):
         item = graphs.bundle.manifest.submodel(name)
-        references[name] = sliced_model(
-            e4b.model, NARROW, item.wide_layers, item.skipped_layers
-        )
+        references[name] = sliced_model(e4b.model, NARROW, item.wide_layers, item.skipped_layers)
     ids = token_ids(PROMPT + len(plan), seed=4)
     cache = graphs.new_cache(len(ids))
     graphs.run(ids[:PROMPT], cache, graphs.bundle.manifest.submodel("E4B"), need_logits=False)

@@ -1,4 +1,4 @@
-"""Sampling agrees with transformers' processors where they are installed, and with arithmetic elsewhere."""
+"""Sampling agrees with transformers' processors, and with arithmetic where they are missing."""
 
 from __future__ import annotations
 

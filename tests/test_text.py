@@ -82,5 +82,3 @@ def test_no_stop_string_is_ever_shown(text: str, stops: list[str]) -> None:
 def test_special_tokens_do_not_appear() -> None:
     result = StreamingText(TOKENIZER, ())
     assert result.push(4) + result.push(TOKENIZER.token_to_id("a")) + result.finish() == "a"
-
-

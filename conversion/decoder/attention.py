@@ -1,8 +1,8 @@
-"""Attention of one layer: a GroupQueryAttention node on a cache that ONNX Runtime updates in place.
+"""Attention of one layer: a GroupQueryAttention node on a cache that is updated in place.
 
-Source: Gemma3nTextAttention in transformers 4.57. Layers behind the last cache owner project a query
-only and read their source's cache: key and value inputs are empty, the source's `present` is their
-past, and they have no present outputs (asking for them would copy the buffers at each step).
+Source: Gemma3nTextAttention in transformers 4.57. Layers behind the last cache owner project a
+query only and read their source's cache: key and value inputs are empty, the source's `present` is
+their past, and they have no present outputs (asking for them would copy the buffers each step).
 """
 
 from __future__ import annotations

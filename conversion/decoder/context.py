@@ -20,7 +20,7 @@ class DecoderContext:
         bits: of attention and feed-forward, which hold nearly all weights.
         small_bits: of the projections around them, which are few and more sensitive: never 4.
         rope: names of (cos, sin) caches by layer type.
-        query_shape, kv_shape: names of the shapes [B, S, width] that give rows their batch axis back.
+        query_shape, kv_shape: names of the shapes [B, S, width] that give rows a batch axis again.
         no_kv: name of an empty key and value [B, 0, kv width] for layers without a cache.
         wide_flags, kept_flags: names of each layer's bool [1].
     """

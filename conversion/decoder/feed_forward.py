@@ -18,9 +18,9 @@ from nestd.conversion.weights import Matrix, matrix, stack
 class FeedForward:
     """One layer's feed-forward.
 
-    Where the layer is sparse (gaussian top-k), the cutoff depends on the mean and deviation over the
-    whole active width: the wide branch returns the cutoff beside its contribution, and the narrow
-    half waits for it.
+    Where the layer is sparse (gaussian top-k), the cutoff depends on the mean and deviation over
+    the whole active width: the wide branch returns the cutoff beside its contribution, and the
+    narrow half waits for it.
     """
 
     def __init__(self, context: DecoderContext, graph: GraphBuilder, layer: int) -> None:

@@ -2,8 +2,8 @@
 
 Inputs (B sequences, S new tokens each, C cache capacity, L layers, P per-layer embedding width):
     inputs_embeds float32 [B, S, hidden]; per_layer_inputs float32 [B, S, L, P];
-    past_key_values.{i}.key|value float32 [B, kv_heads, C, head_dim] of each layer that owns a cache;
-    seqlens_k int32 [B], tokens in the cache after this run minus one; total_sequence_length int32 [];
+    past_key_values.{i}.key|value float32 [B, kv_heads, C, head_dim] of each layer with a cache;
+    seqlens_k int32 [B], tokens in the cache after this run minus one; total_sequence_length int32;
     wide_layers bool [L]; kept_layers bool [L]; need_logits bool [1].
 Outputs:
     logits float32 [B, vocab] of the last new token, [0, vocab] where need_logits is false;
@@ -108,17 +108,16 @@ def _shared_values(context: DecoderContext, graph: GraphBuilder) -> None:
         )
     batch_sequence = graph.op("Shape", "inputs_embeds", start=0, end=2)
     batch = graph.op("Shape", "inputs_embeds", start=0, end=1)
-    width = lambda *sizes: graph.constant(sizes, np.int64)  # noqa: E731
-    context.query_shape = graph.op("Concat", batch_sequence, width(context.query_width), axis=0)
-    context.kv_shape = graph.op("Concat", batch_sequence, width(context.kv_width), axis=0)
-    empty_shape = graph.op("Concat", batch, width(0, context.kv_width), axis=0)
-    context.no_kv = graph.op("ConstantOfShape", empty_shape)
-    for name, flags in (
-        ("wide_layers", context.wide_flags),
-        ("kept_layers", context.kept_flags),
-    ):
-        layers = model.num_layers
-        flags += graph.ops("Split", name, outputs=layers, axis=0, num_outputs=layers)
+
+    def shape(front: str, *sizes: int) -> str:
+        return graph.op("Concat", front, graph.constant(sizes, np.int64), axis=0)
+
+    context.query_shape = shape(batch_sequence, context.query_width)
+    context.kv_shape = shape(batch_sequence, context.kv_width)
+    context.no_kv = graph.op("ConstantOfShape", shape(batch, 0, context.kv_width))
+    layers = model.num_layers
+    context.wide_flags = graph.ops("Split", "wide_layers", outputs=layers, num_outputs=layers)
+    context.kept_flags = graph.ops("Split", "kept_layers", outputs=layers, num_outputs=layers)
 
 
 def _per_layer_inputs(
@@ -126,9 +125,7 @@ def _per_layer_inputs(
 ) -> dict[int, str]:
     """Return the input [R, P] of each of `layers`: the projected embedding and the PLE row.
 
-    Args:
-        rows: embeddings [R, hidden].
-        per_layer_rows: PLE [R, L, P].
+    `rows` are embeddings [R, hidden], `per_layer_rows` the PLE [R, L, P].
     """
     model = context.model
     width = model.hidden_size_per_layer_input
@@ -153,8 +150,7 @@ def _per_layer_inputs(
     both = graph.op("Mul", graph.op("Add", normed, embedded), graph.constant(math.sqrt(0.5)))
     pieces = graph.ops("Split", both, outputs=len(layers), axis=1, num_outputs=len(layers))
     return {
-        layer: graph.reshape(piece, -1, width)
-        for layer, piece in zip(layers, pieces, strict=True)
+        layer: graph.reshape(piece, -1, width) for layer, piece in zip(layers, pieces, strict=True)
     }
 
 
@@ -200,7 +196,7 @@ def _tail(
 
 
 def _cache_infos(model: ModelConfig, prefix: str) -> list[onnx.ValueInfoProto]:
-    shape = ["batch", model.num_key_value_heads, "capacity", model.head_dim]
+    shape: list[int | str] = ["batch", model.num_key_value_heads, "capacity", model.head_dim]
     return [
         tensor_info(f"{prefix}.{layer}.{part}", TensorProto.FLOAT, shape)
         for layer in range(model.first_kv_shared_layer)

@@ -25,7 +25,9 @@ def decoder_layer(
         The streams behind the layer, and the bytes of the layer's wide half.
     """
     prefix = f"layers.{layer}"
-    norm = lambda x, name: context.norm(graph, x, f"{prefix}.{name}")  # noqa: E731
+
+    def norm(x: str, name: str) -> str:
+        return context.norm(graph, x, f"{prefix}.{name}")
 
     # 1. AltUp predicts every stream.
     altup = AltUp(context, graph, layer)
@@ -48,9 +50,7 @@ def decoder_layer(
     # 4. AltUp corrects; the per-layer embedding joins every stream but the active one.
     innovation = graph.op("Sub", activated, active)
     pairs = altup.corrections(activated)
-    first = graph.op(
-        "Gather", stream(graph, pairs, 0), graph.constant([0], np.int64), axis=1
-    )
+    first = graph.op("Gather", stream(graph, pairs, 0), graph.constant([0], np.int64), axis=1)
     corrected = graph.op("Add", active, graph.op("Mul", innovation, first))
     embedded = _per_layer_embedding(context, graph, layer, corrected, per_layer_input)
     embedded = norm(embedded, "post_per_layer_input_norm")

@@ -1,1 +1,1 @@
-
+"""The engine: loaded graphs, caches and answers, in a process of its own."""

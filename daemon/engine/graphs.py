@@ -110,8 +110,8 @@ class Graphs:
         if not need_logits:
             return None
         # Only the output that was bound first is fetched: copying all would copy the whole cache.
-        logits: Floats = binding.get_outputs()[0].numpy()
-        return logits[0]
+        logits: Floats = binding.get_outputs()[0].numpy()[0]
+        return logits
 
     def _submodel_flags(self, submodel: Submodel) -> _Flags:
         flags = self._flags.get(submodel.name)

@@ -1,8 +1,8 @@
 """The key-value cache of one sequence: buffers that ONNX Runtime reads and extends in place.
 
-One float32 pair [1, kv_heads, capacity, head_dim] for each layer that owns a cache; all other layers
-read one of these. Its shape is the same for every sub-model, so a sequence may change its sub-model
-between any two tokens. Rows behind `length` are garbage.
+One float32 pair [1, kv_heads, capacity, head_dim] for each layer that owns a cache; all other
+layers read one of these. Its shape is the same for every sub-model, so a sequence may change its
+sub-model between any two tokens. Rows behind `length` are garbage.
 """
 
 from __future__ import annotations

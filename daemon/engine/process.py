@@ -88,8 +88,7 @@ class EngineProcess:
             self._join()
 
     def _join(self) -> None:
-        # `stop` may be called from the event callback itself, through the daemon's main loop it is not.
-        if self._reader is not None and self._reader is not threading.current_thread():
+        if self._reader is not None:
             self._reader.join()
 
     def _read(self, channel: socket.socket, process: subprocess.Popen[bytes]) -> None:
@@ -103,5 +102,5 @@ class EngineProcess:
 
 def _environment() -> dict[str, str]:
     # Large buffers come from mmap and go back to the system when they are freed; glibc otherwise
-    # raises this threshold by itself and keeps hundreds of megabytes after loading (docs/engine.md).
+    # raises this threshold by itself and keeps hundreds of megabytes after loading.
     return {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}

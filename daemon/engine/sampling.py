@@ -1,5 +1,7 @@
-"""Choosing the next token from logits, in the order and with the meaning of transformers' processors:
-repetition penalty, temperature, top-k, top-p.
+"""Choosing the next token from logits.
+
+Order and meaning are those of transformers' processors: repetition penalty, temperature, top-k,
+top-p.
 """
 
 from __future__ import annotations
@@ -33,9 +35,7 @@ class Sampler:
         if sampling.temperature == 0:
             token = int(logits.argmax())
         else:
-            ids, weights = candidates(
-                logits, sampling.temperature, sampling.top_k, sampling.top_p
-            )
+            ids, weights = candidates(logits, sampling.temperature, sampling.top_k, sampling.top_p)
             sums = np.cumsum(weights)
             token = int(ids[np.searchsorted(sums, self._random.random() * sums[-1])])
         if sampling.repetition_penalty != 1.0:

@@ -45,9 +45,7 @@ class StreamingText:
 
     def _show(self, piece: str, last: bool) -> str:
         pending = self._held + piece
-        cut = min(
-            (at for stop in self._stop if (at := pending.find(stop)) >= 0), default=None
-        )
+        cut = min((at for stop in self._stop if (at := pending.find(stop)) >= 0), default=None)
         if cut is not None:
             self.stopped = True
             self._held, visible = "", pending[:cut]

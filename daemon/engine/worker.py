@@ -1,10 +1,10 @@
 """The engine process: reads commands, runs answers step by step, writes events.
 
 Started by `EngineProcess` as `python -m nestd.daemon.engine.worker FD BUNDLE OPTIONS`. One thread
-reads commands into a queue; the main thread takes them between two steps, so a cancel or a change of
-sub-model takes effect within one step. The process ends when its socket closes: it never outlives
-the daemon. It makes itself the kernel's preferred victim when memory runs out; the daemon starts
-another.
+reads commands into a queue; the main thread takes them between two steps, so a cancel or a change
+of sub-model takes effect within one step. The process ends when its socket closes: it never
+outlives the daemon. It makes itself the kernel's preferred victim when memory runs out; the daemon
+starts another.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ import io
 from pathlib import Path
 
 import pytest
-from support.tiny import write_checkpoint
 
 from nestd.bundle.manifest import Bundle
 from nestd.conversion.convert import ConvertOptions, convert
+from support.tiny import write_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """Tiny Gemma 3n checkpoints made by the real transformers classes, with every weight random.
 
-Hugging Face initialises `altup.correct_output_scale` to zero, which switches the per-layer embeddings
-off: a parity test on such a model would prove nothing about them. So each weight is drawn here.
+Hugging Face initialises `altup.correct_output_scale` to zero, which switches the per-layer
+embeddings off: a parity test on such a model would prove nothing about them. So each weight is
+drawn here.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.tiny import config_values, write_assets
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, PreTrainedModel
+
+from support.tiny import config_values, write_assets
+
 
 def text_config(
     num_layers: int = 10, num_kv_shared_layers: int = 5, **changes: Any

@@ -1,7 +1,7 @@
 """An independent MatFormer slicer: cuts a sub-model out of a full Hugging Face model.
 
-It follows Google's MatFormer Lab notebook (renumbered layers, cut feed-forward matrices, cut per-layer
-embeddings), shares no code with nestd, and gives the reference that each sub-model is compared with.
+It follows Google's MatFormer Lab notebook (renumbered layers, cut feed-forward matrices, cut
+per-layer embeddings), shares no code with nestd, and gives the reference for each sub-model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 
 def sliced_model(
-    model: Gemma3nForCausalLM, narrow: int, wide_layers: Sequence[int], skipped_layers: Sequence[int]
+    model: Gemma3nForCausalLM,
+    narrow: int,
+    wide_layers: Sequence[int],
+    skipped_layers: Sequence[int],
 ) -> Gemma3nForCausalLM:
     """Return a model of the real class with only the weights of the slice."""
     full: Gemma3nTextConfig = model.config
@@ -37,19 +40,20 @@ def sliced_model(
     columns = torch.cat([torch.arange(i * embedding, (i + 1) * embedding) for i in kept])
     for name, value in model.state_dict().items():
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
-        if match:
-            if int(match[1]) not in kept:
-                continue
+        if match and int(match[1]) in kept:
             index = kept.index(int(match[1]))
-            if re.search(r"mlp\.(gate|up)_proj", name):
-                value = value[: widths[index]]
-            elif "mlp.down_proj" in name:
-                value = value[:, : widths[index]]
-            name = f"model.layers.{index}.{match[2]}"
+            weights[f"model.layers.{index}.{match[2]}"] = _cut(match[2], value, widths[index])
         elif "embed_tokens_per_layer" in name:
-            value = value[:, columns]
+            weights[name] = value[:, columns]
         elif "per_layer_model_projection" in name:
-            value = value[columns]
-        weights[name] = value
+            weights[name] = value[columns]
+        elif not match:
+            weights[name] = value
     small.load_state_dict(weights, strict=True)
     return small
+
+
+def _cut(name: str, value: torch.Tensor, width: int) -> torch.Tensor:
+    if re.search(r"mlp\.(gate|up)_proj", name):
+        return value[:width]
+    return value[:, :width] if "mlp.down_proj" in name else value
