@@ -243,7 +243,17 @@ def _bytes_to_read(checkpoint: Checkpoint, model: ModelConfig) -> int:
         for layer in range(model.first_kv_shared_layer, model.num_layers)
         for part in ("k_", "v_")
     )
-    return sum(info.nbytes for name, info in checkpoint.text.items() if not name.startswith(unused))
+    # The columns of down_proj are read once for the narrow and once for the wide half.
+    twice = tuple(
+        f"layers.{layer}.mlp.down_proj."
+        for layer, width in enumerate(model.intermediate_size)
+        if width > model.nested_intermediate_size
+    )
+    return sum(
+        info.nbytes * (2 if name.startswith(twice) else 1)
+        for name, info in checkpoint.text.items()
+        if not name.startswith(unused)
+    )
 
 
 def _architecture(checkpoint: Checkpoint) -> str:
