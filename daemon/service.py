@@ -22,6 +22,7 @@ from nestd.bundle.manifest import Manifest
 from nestd.daemon.control import Control
 from nestd.daemon.delivery import Delivery
 from nestd.daemon.dispatch import Dispatch
+from nestd.daemon.elastic.resources import Snapshot
 from nestd.daemon.intake import Intake, IntakeRules
 from nestd.daemon.mqtt.packets import (
     Connected,
@@ -41,7 +42,7 @@ from nestd.daemon.replies import Replies
 from nestd.daemon.requests import RequestBook, RequestRecord
 from nestd.daemon.selection import ChooseAuto, Selection, largest_allowed
 from nestd.daemon.settings import Settings
-from nestd.daemon.status import ReadFacts, Status, memory_only, parse_limits
+from nestd.daemon.status import Sample, Status, parse_limits
 from nestd.daemon.supervisor import EngineEvent, MakeEngine, Supervisor
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,11 @@ DaemonEvent = TransportEvent | EngineEvent | StopRequested
 MakeTransport = Callable[[MakeWill], Transport]
 
 
+def no_snapshot() -> Snapshot:
+    """Know nothing of the board."""
+    return Snapshot(time=0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What a daemon is made of; tests put in other transports, engines and clocks.
@@ -76,7 +82,7 @@ class Parts:
     make_transport: MakeTransport
     make_engine: MakeEngine
     choose_auto: ChooseAuto | None = None
-    read_facts: ReadFacts = memory_only
+    sample: Sample = no_snapshot
     config: dict[str, Any] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
     notifier: Notifier = field(default_factory=Notifier)
@@ -134,7 +140,7 @@ class Daemon:
             self._dispatch,
             self._supervisor,
             self._replies,
-            parts.read_facts,
+            parts.sample,
             parts.config,
             self._clock(),
         )

@@ -7,7 +7,6 @@ again on every connect.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -16,6 +15,7 @@ from pydantic import BaseModel
 
 from nestd.bundle.manifest import Manifest
 from nestd.daemon.dispatch import Dispatch
+from nestd.daemon.elastic.resources import Snapshot
 from nestd.daemon.mqtt import contract
 from nestd.daemon.mqtt.packets import Message, Transport
 from nestd.daemon.mqtt.parse import JSON_TYPE, ParseLimits
@@ -28,24 +28,8 @@ from nestd.daemon.supervisor import Supervisor
 QUEUE_ONLY_PAUSE_SECONDS = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class BoardFacts:
-    """Figures of the board for `health`; None means that this board cannot tell."""
-
-    memory_available_bytes: int | None = None
-    memory_pressure_percent: float | None = None
-    temperature_celsius: float | None = None
-    volts: float | None = None
-    watts: float | None = None
-    joules_per_token: float | None = None
-
-
-ReadFacts = Callable[[], BoardFacts]
-
-
-def memory_only() -> BoardFacts:
-    """Read what psutil knows."""
-    return BoardFacts(memory_available_bytes=psutil.virtual_memory().available)
+# A snapshot of the board; the governor's last one, or a sampler's.
+Sample = Callable[[], Snapshot]
 
 
 class Status:
@@ -62,7 +46,7 @@ class Status:
         dispatch: Dispatch,
         supervisor: Supervisor,
         replies: Replies,
-        read_facts: ReadFacts,
+        sample: Sample,
         config: dict[str, Any],
         started: float,
     ) -> None:
@@ -75,7 +59,7 @@ class Status:
         self._dispatch = dispatch
         self._supervisor = supervisor
         self._replies = replies
-        self._read_facts = read_facts
+        self._sample = sample
         self._config = config
         self._started = started
         self._process = psutil.Process()
@@ -154,21 +138,21 @@ class Status:
 
     def health(self, now: float) -> contract.Health:
         """Return the figures of the moment."""
-        facts = self._read_facts()
+        board = self._sample()
         stats = self._dispatch.stats
         counters = self._replies.counters | {"engine_exits": self._supervisor.exits}
         return contract.Health(
             uptime_seconds=round(now - self._started, 1),
             rss_bytes=self._process.memory_info().rss,
             engine_rss_bytes=stats.rss_bytes if stats else None,
-            memory_available_bytes=facts.memory_available_bytes,
-            memory_pressure_percent=facts.memory_pressure_percent,
-            temperature_celsius=facts.temperature_celsius,
-            volts=facts.volts,
-            watts=facts.watts,
+            memory_available_bytes=board.memory.available_bytes,
+            memory_pressure_percent=board.memory.pressure_some_percent,
+            temperature_celsius=board.thermal.celsius,
+            volts=board.power.volts,
+            watts=board.power.watts,
             decode_tokens_per_second=stats.decode_tokens_per_second if stats else None,
             prefill_tokens_per_second=stats.prefill_tokens_per_second if stats else None,
-            joules_per_token=facts.joules_per_token,
+            joules_per_token=None,
             counters=contract.Counters(**counters),
         )
 

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.node import REPLY, Node
 
 from nestd.bundle.errors import BrokerError
@@ -574,6 +576,32 @@ def test_a_running_request_that_does_not_end_is_handed_back(node: Node) -> None:
     node.daemon.shutdown()
     assert node.kinds() == ["accepted"]
     assert node.transport.acknowledged == []
+
+
+@pytest.fixture(scope="module")
+def fuzzed() -> Node:
+    return Node().start()
+
+
+@given(
+    verb=st.sampled_from(["generate", "cancel", "submodel", "modality", "health"]),
+    payload=st.binary(max_size=64)
+    | st.dictionaries(
+        st.sampled_from(["id", "messages", "submodel", "transaction", "reply_to", "modality", "x"]),
+        st.none() | st.integers() | st.text(max_size=8) | st.lists(st.text(max_size=3)),
+    ).map(lambda document: json.dumps(document).encode()),
+    response_topic=st.none() | st.text(max_size=12),
+)
+@settings(max_examples=300, deadline=None)
+def test_no_message_crashes_the_daemon_or_goes_unanswered(
+    fuzzed: Node, verb: str, payload: bytes, response_topic: str | None
+) -> None:
+    node = fuzzed
+    before = len(node.transport.published)
+    node.transport.deliver(f"{node.base}/request/{verb}", payload, response_topic=response_topic)
+    node.settle()
+    answers = [m for m in node.transport.published[before:] if not m.retain]
+    assert len(answers) == 1
 
 
 def test_messages_on_other_topics_are_none_of_our_business(node: Node) -> None:

@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 
 _SESSION_TAKEN_OVER = 0x8E
 _LASTING_SECONDS = 5.0
+_SHORT_LIVED_FAILURES = 3
 # CONNACK reasons that no waiting mends, by their name in both protocol versions.
 _HOPELESS = frozenset(
     {
@@ -196,9 +197,14 @@ class PahoTransport:
             self._emit(Disconnected(self._reason or "the connection was lost"))
             if self._hopeless is not None:
                 return self._hopeless
-            # A broker that accepts us and hangs up at once is no reason to come back at once.
-            lasted = time.monotonic() - started if self._accepted else 0.0
-            failures = 0 if lasted >= _LASTING_SECONDS else failures + 1
+            if not self._accepted:
+                failures += 1
+            elif time.monotonic() - started >= _LASTING_SECONDS:
+                failures = 0
+            else:
+                # A broker that accepts us and hangs up is no reason to come back at once, but it
+                # is there: the pause stays short.
+                failures = min(failures + 1, _SHORT_LIVED_FAILURES)
             self._accepted = False
             self._stopping.wait(self._pause(failures))
         return "stopped"
