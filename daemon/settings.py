@@ -10,6 +10,7 @@ written 600M or 1.5G).
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from pathlib import Path
@@ -318,16 +319,22 @@ class Settings(Section):
     Attributes:
         profile: name of the device profile in force (or the path of one of your own).
         node: this node's level in topics; None takes the host name.
+        sysroot: `/proc` and `/sys` are read below this directory, so that a recorded tree can take
+            the board's place.
         weights: `mapped` keeps weights in files that the kernel may drop and read again;
             `resident` keeps them in private memory.
+        state_directory: where the daemon keeps what it makes itself, prepared weights above all;
+            None takes systemd's StateDirectory, or `~/.local/state/nestd`.
     """
 
     profile: str
     node: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_node)] | None = None
     bundle: Path | None = None
+    sysroot: Path = Path("/")
     mqtt: MqttSettings = MqttSettings()
     engine: EngineSettings
     weights: Literal["mapped", "resident"]
+    state_directory: Path | None = None
     limits: LimitSettings = LimitSettings()
     elastic: ElasticSettings
     health_interval_s: Annotated[float, Field(ge=1, le=86400)] = 60.0
@@ -342,4 +349,15 @@ class Settings(Section):
 
     def engine_options(self) -> EngineOptions:
         """What the engine process is started with."""
-        return EngineOptions(**self.engine.model_dump())
+        prepared = None if self.weights == "resident" else self.state_path / "prepared"
+        return EngineOptions(**self.engine.model_dump(), prepared_directory=prepared)
+
+    @property
+    def state_path(self) -> Path:
+        """`state_directory`, or systemd's, or the one that the XDG specification names."""
+        if self.state_directory is not None:
+            return self.state_directory
+        if systemd := os.environ.get("STATE_DIRECTORY"):
+            return Path(systemd.split(":")[0])
+        home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        return Path(home) / "nestd"

@@ -155,7 +155,8 @@ def daemon(bundle: Bundle, port: int, work: Path) -> Iterator[None]:
     say(f"nestd run --bundle {bundle.manifest.name}")
     config = work / "nestd.yaml"
     config.write_text(
-        f"node: demo\nbundle: {bundle.path}\nmqtt: {{host: 127.0.0.1, port: {port}}}\n",
+        f"node: demo\nbundle: {bundle.path}\nstate_directory: {work / 'state'}\n"
+        f"mqtt: {{host: 127.0.0.1, port: {port}}}\n",
         encoding="utf-8",
     )
     command = [nestd(), "run", "--config", str(config)]

@@ -38,7 +38,7 @@ def node(
     config = tmp_path / "nestd.yaml"
     config.write_text(
         f"profile: generic\nnode: tiny\nbundle: {tiny_bundle.path}\n"
-        f"mqtt: {{port: {mosquitto.port}}}\n"
+        f"mqtt: {{port: {mosquitto.port}}}\nstate_directory: {tmp_path / 'state'}\n"
         "engine: {context_length: 480, prefill_chunk: 32, threads: 1}\n"
     )
     with (

@@ -1,27 +1,24 @@
-"""The loaded graphs of a bundle; the only file that imports onnxruntime.
+"""The loaded graphs of a bundle and a run of them.
 
 Knows tensors and sub-models; knows no tokens' meaning, no sampling, no MQTT and no policy.
 """
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
-from nestd.bundle.errors import BundleError
 from nestd.bundle.manifest import Bundle, Submodel
 from nestd.daemon.engine.kv_cache import KVCache
 from nestd.daemon.engine.messages import EngineOptions
+from nestd.daemon.engine.prepare import GRAPH, prepared_decoder
+from nestd.daemon.engine.residency import Residency, advise, mappings
+from nestd.daemon.engine.sessions import load_graph, share
 
 Floats = npt.NDArray[np.float32]
-
-# How long a worker thread spins for more work. The default of 25 ms after every run burns a core
-# while the daemon waits for nothing; 0.5 ms keeps the speed of decoding (docs/engine.md).
-SPIN_MICROSECONDS = "500"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +33,37 @@ class Graphs:
     """The text graphs of one bundle, ready to run."""
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
-        """Load the graphs.
+        """Load the graphs; with a prepared directory, prepare the weights first if need be.
 
         Raises:
-            BundleError: a graph is missing or ONNX Runtime refuses it.
+            BundleError: a graph is missing, ONNX Runtime refuses it, or the disk is too small.
         """
         self.bundle = bundle
         self.model = bundle.manifest.model
-        self._options = options
-        self._embed_tokens = self._load("embed_tokens", threads=1)
-        self._per_layer_embeddings = self._load("per_layer_embeddings", threads=1)
-        self._decoder = self._load("decoder", threads=options.threads)
+        self._embed_tokens = load_graph(bundle.file("embed_tokens.onnx"), threads=1)
+        self._per_layer_embeddings = load_graph(bundle.file("per_layer_embeddings.onnx"), threads=1)
+        # Rows of the tables are read here and there: reading ahead would cost 8 ms a cold row.
+        for table in ("embed_tokens.data", "per_layer_embeddings.data"):
+            for address, length, _ in mappings(bundle.file(table)):
+                advise(address, length, mmap.MADV_RANDOM)
+        self._residency: Residency | None = None
+        if options.prepared_directory is None:
+            self._decoder = load_graph(bundle.file("decoder.onnx"), options.threads)
+        else:
+            prepared = prepared_decoder(bundle, options.prepared_directory, options.threads)
+            self._decoder = load_graph(prepared / GRAPH, options.threads)
+            self._residency = Residency(prepared, self.model)
         self._flags: dict[str, _Flags] = {}
         self._need = {flag: np.array([flag]) for flag in (False, True)}
 
-    def _load(self, name: str, threads: int | None) -> ort.InferenceSession:
-        path = self.bundle.file(f"{name}.onnx")
-        return load_graph(path, threads)
+    def retain(self, submodel: Submodel) -> None:
+        """Keep only what `submodel` needs in memory, and start to read what of it is missing.
+
+        A larger sub-model still runs afterwards: its weights are read from storage again. Without
+        prepared weights there is nothing to hand back.
+        """
+        if self._residency is not None:
+            self._residency.retain(submodel)
 
     def new_cache(self, capacity: int) -> KVCache:
         """Return an empty cache for a sequence of up to `capacity` tokens."""
@@ -102,7 +113,7 @@ class Graphs:
         binding.bind_output("logits", "cpu")
         # Past and present are the same memory: the new rows are written where they belong.
         for name, buffer in cache.buffers.items():
-            value = ort.OrtValue.ortvalue_from_numpy(buffer)
+            value = share(buffer)
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
         self._decoder.run_with_iobinding(binding)
@@ -122,23 +133,3 @@ class Graphs:
             kept[list(submodel.skipped_layers)] = False
             flags = self._flags[submodel.name] = _Flags(wide, kept)
         return flags
-
-
-def load_graph(path: Path, threads: int | None) -> ort.InferenceSession:
-    """Load one ONNX graph on the CPU.
-
-    Args:
-        path: the .onnx file; its external data lie beside it.
-        threads: intra-operator threads, None for ONNX Runtime's choice.
-
-    Raises:
-        BundleError: ONNX Runtime cannot load it.
-    """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_MICROSECONDS)
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no base but Exception
-        raise BundleError(f"ONNX Runtime cannot load {path}: {error}") from error

@@ -6,6 +6,7 @@ says which. Nothing else crosses the border, so either side can die and be repla
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -25,11 +26,14 @@ class EngineOptions(_Message):
         threads: intra-operator threads; None leaves the choice to ONNX Runtime.
         context_length: tokens that one session's KV cache holds.
         prefill_chunk: prompt tokens per prefill step; a cancel or switch waits for one chunk.
+        prepared_directory: where weights prepared for this CPU are kept and mapped from; None keeps
+            the weights in private memory.
     """
 
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     context_length: Annotated[int, Field(ge=16, le=131072)] = 4096
     prefill_chunk: Annotated[int, Field(ge=1, le=4096)] = 128
+    prepared_directory: Path | None = None
 
 
 class Sampling(_Message):
@@ -55,13 +59,17 @@ class ChatMessage(_Message):
 
 
 class Start(_Message):
-    """Answer `messages` on `submodel`. Requests run in the order in which they are started."""
+    """Answer `messages` on `submodel`. Requests run in the order in which they are started.
+
+    `context_length` is what memory allows this session now; None is the engine's own.
+    """
 
     kind: Literal["start"] = "start"
     id: str
     messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1)]
     submodel: str
     sampling: Sampling = Sampling()
+    context_length: Annotated[int, Field(ge=16, le=131072)] | None = None
 
 
 class Cancel(_Message):
@@ -77,6 +85,17 @@ class SetSubmodel(_Message):
     kind: Literal["set_submodel"] = "set_submodel"
     submodel: str
     id: str | None = None
+
+
+class Retain(_Message):
+    """From now on nothing larger than `submodel` runs.
+
+    The pages of all larger parts go back to the kernel; when `submodel` is larger than before, its
+    pages are fetched ahead.
+    """
+
+    kind: Literal["retain"] = "retain"
+    submodel: str
 
 
 class Stop(_Message):
@@ -168,7 +187,7 @@ class Exited(_Message):
     returncode: int
 
 
-Command = Annotated[Start | Cancel | SetSubmodel | Stop, Field(discriminator="kind")]
+Command = Annotated[Start | Cancel | SetSubmodel | Retain | Stop, Field(discriminator="kind")]
 Event = Annotated[
     Ready | Delta | Finished | Failed | LoadFailed | Stats | Exited, Field(discriminator="kind")
 ]
