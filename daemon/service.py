@@ -52,6 +52,7 @@ DRAIN_SECONDS = 7.0
 ENGINE_STOP_SECONDS = 1.0
 GOODBYE_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 1.0
+SHORTEST_SWEEP_SECONDS = 0.05
 # Control topics come with QoS 0, so no broker limits them; more waiting events than this are a
 # flood, and further control requests are dropped.
 FLOOD = 10_000
@@ -98,6 +99,7 @@ class Daemon:
         # SimpleQueue, because its put() may be called from a signal handler.
         self.events: SimpleQueue[DaemonEvent] = SimpleQueue()
         self._online = False
+        self._next_sweep = float("-inf")
         self._stop_requests = 0
         self._gave_up: str | None = None
 
@@ -243,7 +245,9 @@ class Daemon:
     def tick(self) -> None:
         """Do what the clock or the last event has made due."""
         now = self._clock()
-        self._dispatch.expire(now)
+        if now >= self._next_sweep:
+            self._dispatch.expire(now)
+            self._next_sweep = self._sweep_after(now)
         self._supervisor.tick(now, busy=bool(self.book.running))
         if not self.status.draining:
             self._dispatch.start_next(now)
@@ -324,9 +328,16 @@ class Daemon:
                 self._replies.refuse(record, Loading("the node is stopping: send it again later"))
 
     def _wait_seconds(self) -> float:
-        now = self._clock()
-        due = (self.book.next_deadline(), self._supervisor.respawn_at, now + LONGEST_WAIT_SECONDS)
-        return max(0.0, min(at for at in due if at is not None) - now)
+        due = (self._next_sweep, self._supervisor.respawn_at)
+        return max(0.0, min(at for at in due if at is not None) - self._clock())
+
+    def _sweep_after(self, now: float) -> float:
+        """When to look for expired requests again: seldom, for it looks at every one."""
+        deadline = self.book.next_deadline()
+        latest = now + LONGEST_WAIT_SECONDS
+        if deadline is None:
+            return latest
+        return min(latest, max(deadline, now + SHORTEST_SWEEP_SECONDS))
 
     def _wait_for(self, mid: int | None, deadline: float) -> None:
         """Wait until the broker has acknowledged one message."""

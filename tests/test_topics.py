@@ -1,10 +1,14 @@
 """Topics: building, matching, and which response topics are allowed."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from nestd.bundle.errors import BadRequest, ConfigError
 from nestd.daemon.mqtt.topics import Topics, client_of, matches
 
+SOURCES = Path(__file__).parents[1]
 TOPICS = Topics("nestd", "kitchen")
 
 
@@ -93,3 +97,13 @@ def test_filters_match_as_the_specification_says(
     topic_filter: str, topic: str, expected: bool
 ) -> None:
     assert matches(topic_filter, topic) is expected
+
+
+def test_only_the_transport_imports_paho() -> None:
+    importers = {
+        str(path.relative_to(SOURCES))
+        for folder in ("bundle", "cli", "conversion", "daemon", "device_profiles")
+        for path in (SOURCES / folder).rglob("*.py")
+        if re.search(r"^\s*(import|from) paho", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert importers == {"daemon/mqtt/transport.py"}

@@ -1,0 +1,86 @@
+"""docs/mqtt.md names every key and its examples run."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.mosquitto import Mosquitto
+
+from nestd.bundle.errors import RequestError
+from nestd.daemon.mqtt import contract
+
+TEXT = (Path(__file__).parents[1] / "docs" / "mqtt.md").read_text(encoding="utf-8")
+ECHO_DAEMON = Path(__file__).parent / "support" / "echo_daemon.py"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        contract.Request,
+        contract.Accepted,
+        contract.Delta,
+        contract.Done,
+        contract.Error,
+        contract.CancelRequest,
+        contract.SubmodelRequest,
+        contract.ModalityRequest,
+        contract.ControlReply,
+        contract.Availability,
+        contract.State,
+        contract.Usage,
+        contract.Timings,
+    ],
+    ids=lambda model: model.__name__,
+)
+def test_every_key_is_documented(model: type[contract.Request]) -> None:
+    missing = [name for name in model.model_fields if not re.search(rf"[`\"]{name}[`\"]", TEXT)]
+    assert missing == []
+
+
+def test_every_error_is_documented() -> None:
+    for error in RequestError.__subclasses__():
+        assert f"`{error.code}`" in TEXT
+        assert str(error.status) in TEXT
+
+
+def test_json_examples_are_valid_events() -> None:
+    kinds = {
+        "accepted": contract.Accepted,
+        "delta": contract.Delta,
+        "done": contract.Done,
+        "error": contract.Error,
+    }
+    found = set()
+    for block in re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL):
+        for item in re.split(r"\n(?=\{)", block.strip()):
+            document = json.loads(item)
+            kinds[document["event"]].model_validate(document)
+            found.add(document["event"])
+    assert found == set(kinds)
+
+
+@pytest.mark.broker
+def test_shell_examples_get_their_answers(mosquitto: Mosquitto) -> None:
+    command = [sys.executable, str(ECHO_DAEMON), str(mosquitto.port), "kitchen"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as daemon:
+        assert daemon.stderr is not None
+        assert any("connected" in line for line in daemon.stderr)
+        for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL):
+            tool = re.compile(r"^(mosquitto_\w+)", re.MULTILINE)
+            script = tool.sub(rf"\1 -p {mosquitto.port}", block)
+            if "mosquitto_rr" in block:
+                script = script.replace("mosquitto_rr", "mosquitto_rr -W 20")
+            result = subprocess.run(["bash", "-ec", script], capture_output=True, text=True)
+            assert result.returncode == 0, (block, result.stderr)
+            assert result.stdout, block
+            for line in result.stdout.splitlines():
+                document = json.loads(line)
+                assert document.get("ok", True), document
+                assert document.get("event", "done") == "done", document
+        daemon.terminate()
+        daemon.stderr.read()
