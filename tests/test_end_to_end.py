@@ -24,7 +24,7 @@ pytestmark = pytest.mark.broker
 
 PATIENCE = 60.0
 # Long enough that something can be done to the answer while it is made.
-LONG = {"max_tokens": 400, "temperature": 0, "stream": True}
+LONG: dict[str, Any] = {"max_tokens": 400, "temperature": 0, "stream": True}
 
 
 def nestd(*arguments: str) -> list[str]:

@@ -90,7 +90,9 @@ def listening(broker: Mosquitto, *filters: str, protocol: str = "5") -> Iterator
 
 
 @contextmanager
-def daemon(broker: Mosquitto, node: str = "node", *settings: str) -> Iterator[subprocess.Popen]:
+def daemon(
+    broker: Mosquitto, node: str = "node", *settings: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """A daemon process that is ready."""
     command = [sys.executable, str(ECHO_DAEMON), str(broker.port), node, *settings]
     with listening(broker, f"nestd/v1/{node}/state") as states:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 from support.mosquitto import Mosquitto
 
 from nestd.bundle.errors import RequestError
@@ -49,7 +50,7 @@ def test_every_error_is_documented() -> None:
 
 
 def test_json_examples_are_valid_events() -> None:
-    kinds = {
+    kinds: dict[str, type[BaseModel]] = {
         "accepted": contract.Accepted,
         "delta": contract.Delta,
         "done": contract.Done,

@@ -1,6 +1,7 @@
 """The daemon as its clients see it, on the memory transport and a scripted engine."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -86,7 +87,7 @@ def test_without_any_response_topic_the_answer_goes_to_the_nodes_own(node: Node)
     ],
 )
 def test_a_bad_request_is_answered_with_a_sentence(
-    node: Node, fields: dict[str, object], code: str, words: str
+    node: Node, fields: dict[str, Any], code: str, words: str
 ) -> None:
     mid = node.ask(id="a", **fields)
     assert node.kinds() == ["error"]
