@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     settings = load_settings(args.config, args.profile)
     manifest = Bundle.open(args.bundle).manifest
     check_names(settings, manifest)
-    snapshot = _snapshot(args)
+    snapshot = _snapshot(args, settings.sysroot)
     mix = RequestMix(frozenset(args.need), settings.elastic.submodel)
     plan = decide(snapshot, settings, manifest, mix, PolicyState()).plan
     assert plan is not None
@@ -61,14 +61,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _snapshot(args: argparse.Namespace) -> Snapshot:
+def _snapshot(args: argparse.Namespace, sysroot: Path) -> Snapshot:
     from dataclasses import replace
 
     from nestd.bundle.errors import ConfigError
     from nestd.daemon.elastic.resources import Sampler, Snapshot
     from nestd.daemon.units import parse_bytes
 
-    snapshot = Snapshot(time=0.0) if args.profile else Sampler().sample()
+    snapshot = Snapshot(time=0.0) if args.profile else Sampler(sysroot).sample()
     memory, power, thermal = snapshot.memory, snapshot.power, snapshot.thermal
     if args.memory is not None:
         try:

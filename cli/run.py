@@ -34,7 +34,6 @@ def run(args: argparse.Namespace) -> int:
     from nestd.bundle.errors import ConfigError
     from nestd.bundle.manifest import Bundle
     from nestd.daemon.config import explain_settings, parse_assignments
-    from nestd.daemon.elastic.resources import Sampler
     from nestd.daemon.engine.process import EngineProcess
     from nestd.daemon.mqtt.connect import node_options
     from nestd.daemon.mqtt.transport import PahoTransport
@@ -66,7 +65,6 @@ def run(args: argparse.Namespace) -> int:
         Parts(
             make_transport=lambda make_will: PahoTransport(mqtt_options, make_will),
             make_engine=lambda on_event: EngineProcess(bundle.path, options, on_event),
-            sample=Sampler().sample,
             config=explained.redacted(),
         ),
     )

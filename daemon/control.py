@@ -11,6 +11,8 @@ from typing import Any
 
 from nestd.bundle.errors import BadRequest, ModalityUnavailable, RequestError
 from nestd.daemon.dispatch import Dispatch
+from nestd.daemon.elastic.governor import Governor
+from nestd.daemon.elastic.plan import Choice
 from nestd.daemon.mqtt.contract import (
     CancelRequest,
     ControlError,
@@ -24,7 +26,6 @@ from nestd.daemon.mqtt.parse import Envelope, ParseLimits, read_control, read_en
 from nestd.daemon.mqtt.topics import Topics, Verb
 from nestd.daemon.replies import Replies
 from nestd.daemon.requests import ReplyTo, RequestBook, RequestRecord
-from nestd.daemon.selection import Selection
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Control:
         book: RequestBook,
         dispatch: Dispatch,
         replies: Replies,
-        selection: Selection,
+        governor: Governor,
         health: Callable[[], dict[str, Any]],
     ) -> None:
         self._topics = topics
@@ -50,7 +51,7 @@ class Control:
         self._book = book
         self._dispatch = dispatch
         self._replies = replies
-        self._selection = selection
+        self._governor = governor
         self._health = health
 
     def take(self, received: Received, verb: Verb, now: float) -> None:
@@ -96,16 +97,15 @@ class Control:
         return {"id": wanted.id, "was": was}
 
     def _submodel(self, wanted: SubmodelRequest) -> dict[str, Any]:
+        choice: Choice[str] | Choice[str | None]
         if wanted.id is None:
-            choice = self._selection.set_owner(wanted.submodel)
-            self._dispatch.set_submodel(choice)
+            choice = self._governor.prefer(wanted.submodel)
         else:
             record = self._the_one(wanted.id, wanted.client)
             if record is None or record.state != "running":
                 raise BadRequest(f"no request with the id {wanted.id!r} runs now")
-            choice = self._selection.choose(wanted.submodel, "auto")
-            self._dispatch.set_submodel(choice, record)
-        return {"submodel": choice.submodel, "reason": choice.reason}
+            choice = self._governor.prefer_for(record, wanted.submodel)
+        return {"submodel": choice.value, "reason": choice.reason}
 
     def _the_one(self, request_id: str, client: str | None) -> RequestRecord | None:
         found = self._book.open_with_id(request_id, client)

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import logging
 
-from nestd.bundle.errors import Cancelled, Internal, Loading, RequestError, request_error
+from nestd.bundle.errors import (
+    Cancelled,
+    InsufficientMemory,
+    Internal,
+    Loading,
+    RequestError,
+    request_error,
+)
 from nestd.bundle.manifest import Manifest
+from nestd.daemon.elastic.governor import Governor
 from nestd.daemon.engine.messages import (
     Cancel,
     Delta,
@@ -14,7 +22,7 @@ from nestd.daemon.engine.messages import (
     Failed,
     Finished,
     LoadFailed,
-    SetSubmodel,
+    Ready,
     Start,
     Stats,
 )
@@ -22,7 +30,7 @@ from nestd.daemon.intake import Intake
 from nestd.daemon.mqtt.parse import chat_messages
 from nestd.daemon.replies import Replies
 from nestd.daemon.requests import RequestBook, RequestRecord
-from nestd.daemon.selection import Choice, Selection, sampling_of
+from nestd.daemon.selection import sampling_of
 from nestd.daemon.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -39,7 +47,7 @@ class Dispatch:
         book: RequestBook,
         supervisor: Supervisor,
         replies: Replies,
-        selection: Selection,
+        governor: Governor,
         intake: Intake,
         manifest: Manifest,
         max_tokens: int,
@@ -47,12 +55,11 @@ class Dispatch:
         self._book = book
         self._supervisor = supervisor
         self._replies = replies
-        self._selection = selection
+        self._governor = governor
         self._intake = intake
         self._manifest = manifest
         self._max_tokens = max_tokens
         self.stats: Stats | None = None
-        self.choice: Choice = selection.choose("auto", "auto")
 
     def start_next(self, now: float) -> None:
         """Give the engine the next request if it has none."""
@@ -61,21 +68,27 @@ class Dispatch:
             if record is None or record.request is None:
                 return
             request = record.request
+            record.energy = self._governor.energy(now)
+            refusal = self._governor.refusal()
+            if isinstance(refusal, InsufficientMemory):
+                return  # it has been accepted, and memory comes back sooner than a battery charges
             try:
-                choice = self._selection.choose(request.submodel, request.effort)
+                if refusal is not None:
+                    raise refusal
+                choice = self._governor.choose(record)
                 sampling = sampling_of(request, self._manifest.generation, self._max_tokens)
                 messages = chat_messages(request)
             except RequestError as error:
                 self._replies.error(record, error)
                 continue
-            self.choice = choice
-            engine_id = self._book.start(record, choice.submodel, now)
+            engine_id = self._book.start(record, choice, now)
             self._supervisor.send(
                 Start(
                     id=engine_id,
                     messages=messages,
-                    submodel=choice.submodel,
+                    submodel=choice.value,
                     sampling=sampling,
+                    context_length=self._governor.plan.context_length.value,
                 )
             )
 
@@ -93,6 +106,8 @@ class Dispatch:
                 self._conclude(record, event, now)
         elif isinstance(event, Stats):
             self.stats = event
+        elif isinstance(event, Ready):
+            self._governor.engine_ready()
         elif isinstance(event, Exited):
             self._engine_died(event)
         elif isinstance(event, LoadFailed) and self._supervisor.degraded is not None:
@@ -111,14 +126,6 @@ class Dispatch:
             self._replies.too_late(record)
         self._book.forget_expired(now)
 
-    def set_submodel(self, choice: Choice, record: RequestRecord | None = None) -> None:
-        """Run on another sub-model from the next token on: one running answer, or all of them."""
-        if record is None:
-            self._supervisor.send(SetSubmodel(submodel=choice.submodel))
-            self.choice = choice
-        elif record.engine_id is not None:
-            self._supervisor.send(SetSubmodel(submodel=choice.submodel, id=record.engine_id))
-
     def refuse_waiting(self) -> None:
         """The engine does not load: tell everybody who waits for it."""
         for record in self._book.waiting:
@@ -133,11 +140,14 @@ class Dispatch:
 
     def _conclude(self, record: RequestRecord, event: Finished | Failed, now: float) -> None:
         if isinstance(event, Failed):
-            self._replies.error(record, request_error(event.code, event.message))
+            retryable = event.code == InsufficientMemory.code
+            after = self._governor.retry_after_ms(event.code) if retryable else None
+            self._replies.error(record, request_error(event.code, event.message, after))
         elif event.finish_reason == "cancelled":
             self._replies.error(record, Cancelled("the engine was told to drop the request"))
         else:
-            self._replies.done(record, event, now)
+            joules = self._governor.answered(record, event.completion_tokens, now)
+            self._replies.done(record, event, joules, now)
             self._intake.answered_in((now - (record.started or now)) * 1000)
 
     def _end_early(self, record: RequestRecord) -> None:

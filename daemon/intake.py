@@ -23,7 +23,7 @@ from nestd.daemon.mqtt.parse import (
 from nestd.daemon.mqtt.topics import Topics
 from nestd.daemon.replies import Replies
 from nestd.daemon.requests import ReplyTo, RequestBook, RequestRecord, new_record
-from nestd.daemon.selection import Selection, sampling_of
+from nestd.daemon.selection import canonical, sampling_of
 from nestd.daemon.settings import LimitSettings
 
 # Before the first answer nobody knows how long one takes; this is what a client waits after a 429.
@@ -49,15 +49,13 @@ class Intake:
         book: RequestBook,
         delivery: Delivery,
         replies: Replies,
-        selection: Selection,
         unavailable: Callable[[], RequestError | None],
     ) -> None:
         self._rules = rules
         self._book = book
         self._delivery = delivery
         self._replies = replies
-        self._selection = selection
-        # Why no request can be taken now (the engine does not load), or None.
+        # Why no request can be taken now (the engine does not load, the plan refuses), or None.
         self._unavailable = unavailable
         self._answer_ms: float | None = None
 
@@ -93,7 +91,7 @@ class Intake:
     def _judge(self, envelope: Envelope) -> Request:
         """Return the request, or raise why it cannot be run here."""
         request = read_request(envelope, self._rules.parse)
-        self._selection.canonical(request.submodel)
+        canonical(request.submodel, self._rules.manifest)
         sampling_of(request, self._rules.manifest.generation, self._rules.limits.max_tokens)
         chat_messages(request)
         unavailable = self._unavailable()

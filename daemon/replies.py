@@ -65,7 +65,9 @@ class Replies:
         if not self._publish(event, record.reply_to, qos=0):
             self.counters["dropped_deltas"] += 1
 
-    def done(self, record: RequestRecord, finished: Finished, now: float) -> None:
+    def done(
+        self, record: RequestRecord, finished: Finished, joules: float | None, now: float
+    ) -> None:
         """Send the whole answer and end the request."""
         started = record.started if record.started is not None else now
         event = contract.Done(
@@ -75,7 +77,7 @@ class Replies:
             text=finished.text,
             finish_reason=finished.finish_reason,
             submodel=finished.switches[-1].submodel if finished.switches else record.submodel or "",
-            switches=finished.switches,
+            switches=_with_reasons(finished, record),
             usage=contract.Usage(
                 prompt_tokens=finished.prompt_tokens,
                 completion_tokens=finished.completion_tokens,
@@ -84,6 +86,7 @@ class Replies:
                 queue_ms=round((started - record.arrived) * 1000, 1),
                 **finished.timings.model_dump(),
             ),
+            joules=None if joules is None else round(joules, 3),
         )
         message = _message(event, record.reply_to, expiry=_remaining(record, now))
         limit = self.maximum_packet_size
@@ -99,7 +102,11 @@ class Replies:
         self._end(record, message)
 
     def error(self, record: RequestRecord, error: RequestError) -> None:
-        """Send an error and end the request."""
+        """Send an error and end the request.
+
+        One that names a time to come again is no answer to keep: the same request may then succeed.
+        """
+        record.refused = record.refused or error.retry_after_ms is not None
         self._count(error)
         log.info("request %s ends with %s: %s", record.id, error.code, error)
         event = _error(record.id, record.attempt, record.next_seq(), error)
@@ -162,6 +169,20 @@ class Replies:
     def _count(self, error: RequestError) -> None:
         errors = self.counters["errors"]
         errors[error.code] = errors.get(error.code, 0) + 1
+
+
+def _with_reasons(finished: Finished, record: RequestRecord) -> tuple[contract.Switch, ...]:
+    """Return the switches with their reasons.
+
+    The engine tells where it switched, the route tells why. A stretch of the route may have been
+    too short for a token and is then no switch.
+    """
+    route = iter(record.route)
+    switches = []
+    for switch in finished.switches:
+        reason = next((item.reason for item in route if item.value == switch.submodel), None)
+        switches.append(contract.Switch(**switch.model_dump(), reason=reason))
+    return tuple(switches)
 
 
 def _error(request_id: str | None, attempt: int, seq: int, error: RequestError) -> contract.Error:

@@ -14,6 +14,8 @@ from typing import Literal
 
 from nestd.bundle.errors import QueueFull
 from nestd.daemon.delivery import Entry, Final
+from nestd.daemon.elastic.answer_energy import EnergyMark
+from nestd.daemon.elastic.plan import Choice
 from nestd.daemon.mqtt.contract import Request
 from nestd.daemon.mqtt.parse import Envelope
 
@@ -41,6 +43,9 @@ class RequestRecord:
         attempt: 1, or more if it had to be run again.
         deaths: how many engine processes ended while they ran it.
         seq: number of the next event.
+        wish: the sub-model that a control request asked for in place of the request's own.
+        route: the sub-models that the engine was told to run this attempt on, and why each.
+        energy: the energy counter when this attempt started, where the board has one.
         refused: it ended with an error before it could wait; the client may send it again.
     """
 
@@ -58,6 +63,9 @@ class RequestRecord:
     started: float | None = None
     engine_id: str | None = None
     submodel: str | None = None
+    wish: str | None = None
+    route: list[Choice[str]] = field(default_factory=list)
+    energy: EnergyMark | None = None
     state: Literal["waiting", "running", "ended"] = "waiting"
     refused: bool = False
     entries: list[Entry] = field(default_factory=list)
@@ -189,7 +197,7 @@ class RequestBook:
         before = sum(1 for other in self._waiting if _rank(other) < _rank(record))
         return before + sum(1 for other in self._running.values() if other.state == "running")
 
-    def start(self, record: RequestRecord, submodel: str, now: float) -> str:
+    def start(self, record: RequestRecord, choice: Choice[str], now: float) -> str:
         """Move `record` from waiting to running and return its id for the engine.
 
         Clients choose their ids, and the engine may still be dropping a cancelled request, so it
@@ -200,7 +208,7 @@ class RequestBook:
         self._waiting.remove(record)
         self._running[engine_id] = record
         record.state, record.engine_id = "running", engine_id
-        record.started, record.submodel = now, submodel
+        record.started, record.submodel, record.route = now, choice.value, [choice]
         return engine_id
 
     def leave_engine(self, engine_id: str) -> RequestRecord | None:

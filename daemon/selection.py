@@ -1,87 +1,54 @@
-"""Which sub-model a request runs on, and with which sampling.
+"""What a request asks for, in the policy's and the engine's words.
 
-A request names a sub-model or says `auto`; `auto` follows the owner's choice (settings or control
-topic), and without one a function that is handed in: today the largest sub-model that the settings
-allow.
+Pure functions of the request; which sub-model it runs on is the governor's business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from nestd.bundle.errors import BadRequest
-from nestd.bundle.manifest import GenerationDefaults, Manifest
+from nestd.bundle.manifest import GenerationDefaults, Manifest, Modality
+from nestd.daemon.elastic.task import Task
 from nestd.daemon.engine.messages import Sampling
-from nestd.daemon.mqtt.contract import Effort, Request
-from nestd.daemon.settings import ElasticSettings
+from nestd.daemon.mqtt.contract import MediaPart, Request, TextPart
 
 AUTO = "auto"
+# The daemon has no tokenizer, the engine has. For the question whether a prompt is short this will
+# do: Gemma's tokens are four characters long on average in European languages.
+CHARACTERS_PER_TOKEN = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A sub-model and why it is the one."""
-
-    submodel: str
-    reason: str
+def canonical(name: str, manifest: Manifest) -> str:
+    """Return `auto` or the bundle's spelling of `name`; ModelNotFound if it has none."""
+    return AUTO if name.lower() == AUTO else manifest.submodel(name).name
 
 
-ChooseAuto = Callable[[Effort], Choice]
+def task_of(request: Request, submodel: str) -> Task:
+    """Return what `request` says about itself; it runs on `submodel` if that may be."""
+    characters = 0
+    for message in request.messages:
+        if isinstance(message.content, str):
+            characters += len(message.content)
+        else:
+            texts = (part.text for part in message.content if isinstance(part, TextPart))
+            characters += sum(map(len, texts))
+    return Task(
+        submodel=submodel,
+        effort=request.effort,
+        prompt_tokens=characters // CHARACTERS_PER_TOKEN,
+        media=bool(modalities_of(request)),
+        json=request.response_format.type != "text",
+    )
 
 
-def largest_allowed(manifest: Manifest, settings: ElasticSettings) -> ChooseAuto:
-    """Return a function that always chooses the largest sub-model within the settings' caps.
-
-    Raises:
-        ModelNotFound: the settings name a sub-model that the bundle does not have.
-    """
-    caps = [
-        cap
-        for cap in (
-            settings.max_effective_params,
-            manifest.submodel(settings.max_submodel).effective_params
-            if settings.max_submodel is not None
-            else None,
-        )
-        if cap is not None
-    ]
-    allowed = [s for s in manifest.submodels if all(s.effective_params <= cap for cap in caps)]
-    largest = allowed[-1] if allowed else manifest.submodels[0]
-    reason = "the largest of the bundle" if not caps else "the largest that the settings allow"
-    choice = Choice(largest.name, reason)
-
-    def choose(_effort: Effort) -> Choice:
-        return choice
-
-    return choose
-
-
-class Selection:
-    """Resolves `auto` and the names of sub-models."""
-
-    def __init__(self, manifest: Manifest, owner: str, choose_auto: ChooseAuto) -> None:
-        self._manifest = manifest
-        self._choose_auto = choose_auto
-        self._owner = self.canonical(owner)
-
-    def canonical(self, name: str) -> str:
-        """Return `auto` or the bundle's spelling of `name`; ModelNotFound if it has none."""
-        return AUTO if name.lower() == AUTO else self._manifest.submodel(name).name
-
-    def set_owner(self, name: str) -> Choice:
-        """Let `auto` mean `name` from now on (`auto` itself gives the choice back)."""
-        self._owner = self.canonical(name)
-        return self.choose(AUTO, "auto")
-
-    def choose(self, name: str, effort: Effort) -> Choice:
-        """Return the sub-model for a request that asks for `name`; ModelNotFound if unknown."""
-        canonical = self.canonical(name)
-        if canonical != AUTO:
-            return Choice(canonical, "named by the request")
-        if self._owner != AUTO:
-            return Choice(self._owner, "set by the owner")
-        return self._choose_auto(effort)
+def modalities_of(request: Request) -> frozenset[Modality]:
+    """Return the encoders that `request` needs; a video's frames are images."""
+    return frozenset(
+        "audio" if part.type == "audio" else "vision"
+        for message in request.messages
+        if not isinstance(message.content, str)
+        for part in message.content
+        if isinstance(part, MediaPart)
+    )
 
 
 def sampling_of(request: Request, defaults: GenerationDefaults, max_tokens: int) -> Sampling:

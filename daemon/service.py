@@ -22,7 +22,8 @@ from nestd.bundle.manifest import Manifest
 from nestd.daemon.control import Control
 from nestd.daemon.delivery import Delivery
 from nestd.daemon.dispatch import Dispatch
-from nestd.daemon.elastic.resources import Snapshot
+from nestd.daemon.elastic.governor import Board, Governor
+from nestd.daemon.elastic.resources import Sampler
 from nestd.daemon.intake import Intake, IntakeRules
 from nestd.daemon.mqtt.packets import (
     Connected,
@@ -40,9 +41,8 @@ from nestd.daemon.notify import Notifier
 from nestd.daemon.presence import Presence
 from nestd.daemon.replies import Replies
 from nestd.daemon.requests import RequestBook, RequestRecord
-from nestd.daemon.selection import ChooseAuto, Selection, largest_allowed
 from nestd.daemon.settings import Settings
-from nestd.daemon.status import Sample, Status, parse_limits
+from nestd.daemon.status import Status, parse_limits
 from nestd.daemon.supervisor import EngineEvent, MakeEngine, Supervisor
 
 log = logging.getLogger(__name__)
@@ -67,23 +67,18 @@ DaemonEvent = TransportEvent | EngineEvent | StopRequested
 MakeTransport = Callable[[MakeWill], Transport]
 
 
-def no_snapshot() -> Snapshot:
-    """Know nothing of the board."""
-    return Snapshot(time=0.0)
-
-
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What a daemon is made of; tests put in other transports, engines and clocks.
 
     Attributes:
+        board: makes snapshots; None reads this machine, below the setting `sysroot`.
         config: the settings without secrets, for `info`.
     """
 
     make_transport: MakeTransport
     make_engine: MakeEngine
-    choose_auto: ChooseAuto | None = None
-    sample: Sample = no_snapshot
+    board: Board | None = None
     config: dict[str, Any] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
     notifier: Notifier = field(default_factory=Notifier)
@@ -113,21 +108,26 @@ class Daemon:
         self.book = RequestBook(settings.limits.queue)
         self._replies = Replies(self._transport, self.delivery, self.book)
         self._supervisor = Supervisor(parts.make_engine, self.events.put)
-        choose_auto = parts.choose_auto or largest_allowed(manifest, settings.elastic)
-        selection = Selection(manifest, settings.elastic.submodel, choose_auto)
+        self._governor = Governor(
+            settings,
+            manifest,
+            parts.board or Sampler(settings.sysroot),
+            self.book,
+            self._supervisor,
+            self._clock(),
+        )
         self._intake = Intake(
             IntakeRules(self.topics, limits, settings.limits, manifest),
             self.book,
             self.delivery,
             self._replies,
-            selection,
             self._unavailable,
         )
         self._dispatch = Dispatch(
             self.book,
             self._supervisor,
             self._replies,
-            selection,
+            self._governor,
             self._intake,
             manifest,
             settings.limits.max_tokens,
@@ -142,7 +142,7 @@ class Daemon:
             self._dispatch,
             self._supervisor,
             self._replies,
-            parts.sample,
+            self._governor,
             parts.config,
             self._clock(),
         )
@@ -152,7 +152,7 @@ class Daemon:
             self.book,
             self._dispatch,
             self._replies,
-            selection,
+            self._governor,
             self._health_data,
         )
 
@@ -205,6 +205,7 @@ class Daemon:
             self.step(min(remaining, self._wait_seconds()))
         self._hand_back(self.book.running)
         self._supervisor.stop(ENGINE_STOP_SECONDS)
+        self._governor.close()
         goodbye = self._presence.say(self._transport, "offline") if self._online else None
         self._wait_for(goodbye, self._clock() + GOODBYE_SECONDS)
         self._transport.stop(GOODBYE_SECONDS)
@@ -245,6 +246,7 @@ class Daemon:
     def tick(self) -> None:
         """Do what the clock or the last event has made due."""
         now = self._clock()
+        self._governor.tick(now)
         if now >= self._next_sweep:
             self._dispatch.expire(now)
             self._next_sweep = self._sweep_after(now)
@@ -312,7 +314,7 @@ class Daemon:
     def _unavailable(self) -> RequestError | None:
         if self.status.draining:
             return Loading("the node is stopping: send the request again later")
-        return self._dispatch.unavailable()
+        return self._governor.refusal() or self._dispatch.unavailable()
 
     def _health_data(self) -> dict[str, Any]:
         return self.status.health(self._clock()).model_dump(mode="json")
@@ -328,7 +330,7 @@ class Daemon:
                 self._replies.refuse(record, Loading("the node is stopping: send it again later"))
 
     def _wait_seconds(self) -> float:
-        due = (self._next_sweep, self._supervisor.respawn_at)
+        due = (self._next_sweep, self._supervisor.respawn_at, self._governor.next_sample)
         return max(0.0, min(at for at in due if at is not None) - self._clock())
 
     def _sweep_after(self, now: float) -> float:

@@ -6,7 +6,6 @@ again on every connect.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -15,7 +14,10 @@ from pydantic import BaseModel
 
 from nestd.bundle.manifest import Manifest
 from nestd.daemon.dispatch import Dispatch
-from nestd.daemon.elastic.resources import Snapshot
+from nestd.daemon.elastic.cost import pareto_front
+from nestd.daemon.elastic.governor import Governor
+from nestd.daemon.elastic.limits import margin_c
+from nestd.daemon.elastic.plan import Choice
 from nestd.daemon.mqtt import contract
 from nestd.daemon.mqtt.packets import Message, Transport
 from nestd.daemon.mqtt.parse import JSON_TYPE, ParseLimits
@@ -26,10 +28,8 @@ from nestd.daemon.settings import Settings
 from nestd.daemon.supervisor import Supervisor
 
 QUEUE_ONLY_PAUSE_SECONDS = 1.0
-
-
-# A snapshot of the board; the governor's last one, or a sampler's.
-Sample = Callable[[], Snapshot]
+# The engine answers one request after the other, whatever memory would allow.
+SESSIONS = 1
 
 
 class Status:
@@ -46,7 +46,7 @@ class Status:
         dispatch: Dispatch,
         supervisor: Supervisor,
         replies: Replies,
-        sample: Sample,
+        governor: Governor,
         config: dict[str, Any],
         started: float,
     ) -> None:
@@ -59,7 +59,7 @@ class Status:
         self._dispatch = dispatch
         self._supervisor = supervisor
         self._replies = replies
-        self._sample = sample
+        self._governor = governor
         self._config = config
         self._started = started
         self._process = psutil.Process()
@@ -111,6 +111,9 @@ class Status:
             return "draining", "the node is stopping"
         if self._supervisor.degraded is not None:
             return "degraded", self._supervisor.degraded
+        refusal = self._governor.plan.refusal
+        if refusal is not None:
+            return "degraded", refusal.reason
         if self._supervisor.state == "ready":
             return "ready", None
         reason = "the engine process is started again" if self._supervisor.exits else None
@@ -119,46 +122,65 @@ class Status:
     def state(self) -> contract.State:
         """Return the state of the moment."""
         phase, reason = self.phase()
-        choice = self._dispatch.choice
+        plan, bounds = self._governor.plan, self._governor.bounds
         running = [r for r in self._book.running if r.state == "running"]
+        choice = running[0].route[-1] if running else plan.submodel
+        concurrency = plan.concurrency
+        if concurrency.value > SESSIONS:
+            concurrency = Choice(SESSIONS, "the engine answers one request after the other")
         return contract.State(
             phase=phase,
             phase_reason=reason,
-            submodel=running[0].submodel if running else choice.submodel,
+            submodel=choice.value,
             submodel_reason=choice.reason,
-            modalities=("text",) if phase == "ready" else (),
+            largest=plan.largest.value,
+            largest_reason=plan.largest.reason,
+            context_length=plan.context_length.value,
+            context_reason=plan.context_length.reason,
+            concurrency=concurrency.value,
+            concurrency_reason=concurrency.reason,
+            modalities=("text", *plan.modalities.value) if phase == "ready" else (),
+            modalities_reason=plan.modalities.reason,
             queue=contract.Queue(
                 running=len(running),
                 waiting=len(self._book.waiting),
                 limit=self._book.queue_limit,
             ),
-            power_reason=None,
-            memory_reason=None,
+            power_reason=bounds.power,
+            memory_reason=bounds.memory,
         )
 
     def health(self, now: float) -> contract.Health:
         """Return the figures of the moment."""
-        board = self._sample()
+        board = self._governor.snapshot
+        margin, celsius = margin_c(board, self._settings.elastic), board.thermal.celsius
         stats = self._dispatch.stats
         counters = self._replies.counters | {"engine_exits": self._supervisor.exits}
         return contract.Health(
             uptime_seconds=round(now - self._started, 1),
             rss_bytes=self._process.memory_info().rss,
             engine_rss_bytes=stats.rss_bytes if stats else None,
-            memory_available_bytes=board.memory.available_bytes,
+            memory_available_bytes=board.memory.free_bytes,
+            memory_total_bytes=board.memory.capacity_bytes,
             memory_pressure_percent=board.memory.pressure_some_percent,
-            temperature_celsius=board.thermal.celsius,
+            temperature_celsius=celsius,
+            throttle_celsius=None if margin is None or celsius is None else celsius + margin,
+            battery_percent=board.power.battery_percent,
+            under_voltage=board.power.under_voltage,
+            throttled=board.power.throttled,
             volts=board.power.volts,
             watts=board.power.watts,
+            watts_scope=board.power.watts_scope,
             decode_tokens_per_second=stats.decode_tokens_per_second if stats else None,
             prefill_tokens_per_second=stats.prefill_tokens_per_second if stats else None,
-            joules_per_token=None,
+            joules_per_token=self._governor.joules_per_token,
             counters=contract.Counters(**counters),
         )
 
     def info(self) -> contract.Info:
         """Return what the node is."""
         limits = self._settings.limits
+        rungs = pareto_front(self._manifest.submodels)
         return contract.Info(
             node=self._topics.node,
             boot=self._boot,
@@ -174,6 +196,7 @@ class Status:
                     effective_params=item.effective_params,
                     decoder_bytes=item.decoder_bytes,
                     mmlu_percent=item.mmlu_percent,
+                    rung=item in rungs,
                 )
                 for item in self._manifest.submodels
             ),

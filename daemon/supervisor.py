@@ -25,6 +25,10 @@ STALL_SECONDS = 180.0
 class EngineHandle(Protocol):
     """The daemon's side of one engine process (`nestd.daemon.engine.process.EngineProcess`)."""
 
+    @property
+    def pid(self) -> int | None:
+        """The process id, None before `start`."""
+
     def start(self) -> None:
         """Spawn the process."""
 
@@ -74,6 +78,11 @@ class Supervisor:
     def respawn_at(self) -> float | None:
         """When the next process is due, or None."""
         return self._respawn_at
+
+    @property
+    def engine_pid(self) -> int | None:
+        """The process id of the engine, None while there is none."""
+        return None if self._engine is None else self._engine.pid
 
     def start(self, now: float) -> None:
         """Start a new process."""

@@ -33,6 +33,8 @@ ECHO_DAEMON = Path(__file__).parent / "support" / "echo_daemon.py"
         contract.ControlReply,
         contract.Availability,
         contract.State,
+        contract.Switch,
+        contract.Health,
         contract.Usage,
         contract.Timings,
     ],

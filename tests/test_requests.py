@@ -4,6 +4,7 @@ import pytest
 
 from nestd.bundle.errors import QueueFull
 from nestd.daemon.delivery import Entry, Final
+from nestd.daemon.elastic.plan import Choice
 from nestd.daemon.mqtt.contract import Request
 from nestd.daemon.mqtt.packets import Message, Received
 from nestd.daemon.mqtt.parse import Envelope
@@ -14,6 +15,8 @@ from nestd.daemon.requests import (
     RequestRecord,
     new_record,
 )
+
+FULL = Choice("full", "for a test")
 
 
 def record(
@@ -46,20 +49,20 @@ def test_requests_run_by_priority_and_then_by_age(book: RequestBook) -> None:
     order = []
     while (item := book.next_waiting()) is not None:
         order.append(item.id)
-        book.start(item, "full", 1.0)
+        book.start(item, FULL, 1.0)
     assert order == ["b", "c", "a"]
 
 
 def test_ahead_counts_what_runs_and_what_goes_first(book: RequestBook) -> None:
     first = add(book, "first")
-    book.start(first, "full", 1.0)
+    book.start(first, FULL, 1.0)
     last = add(book, "last", priority=0)
     add(book, "middle")
     assert book.ahead_of(last) == 2
 
 
 def test_only_waiting_requests_count_for_the_limit(book: RequestBook) -> None:
-    book.start(add(book, "runs"), "full", 1.0)
+    book.start(add(book, "runs"), FULL, 1.0)
     for name in "abc":
         book.check_room(1000)
         add(book, name)
@@ -70,7 +73,7 @@ def test_only_waiting_requests_count_for_the_limit(book: RequestBook) -> None:
 
 def test_a_request_whose_engine_died_keeps_its_place(book: RequestBook) -> None:
     first = add(book, "first")
-    engine_id = book.start(first, "full", 1.0)
+    engine_id = book.start(first, FULL, 1.0)
     add(book, "second")
     assert book.leave_engine(engine_id) is first
     book.wait_again(first)
@@ -80,10 +83,10 @@ def test_a_request_whose_engine_died_keeps_its_place(book: RequestBook) -> None:
 
 def test_the_engine_gets_an_id_of_its_own_for_each_attempt(book: RequestBook) -> None:
     first = add(book, "first")
-    one = book.start(first, "full", 1.0)
+    one = book.start(first, FULL, 1.0)
     book.leave_engine(one)
     book.wait_again(first)
-    assert book.start(first, "full", 2.0) != one
+    assert book.start(first, FULL, 2.0) != one
 
 
 def test_a_prompt_is_forgotten_when_its_request_ends(book: RequestBook) -> None:

@@ -260,8 +260,8 @@ def test_a_cancel_after_the_answer_changes_nothing(node: Node) -> None:
 def test_the_submodel_of_running_and_coming_answers_is_switched(node: Node) -> None:
     node.ask(id="a")
     reply = node.control("submodel", submodel="SMALL")
-    assert reply["data"] == {"submodel": "small", "reason": "set by the owner"}
-    assert node.engine.switches == [SetSubmodel(submodel="small", id=None)]
+    assert reply["data"] == {"submodel": "small", "reason": "small is preferred"}
+    assert node.engine.switches == [SetSubmodel(submodel="small", id=node.engine.starts[0].id)]
     node.engine.finish()
     node.settle()
     node.ask(id="b")

@@ -13,7 +13,7 @@ Pure functions; the latches that give thresholds their hysteresis go in and come
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -65,6 +65,8 @@ class Limits:
         floor: the smallest sub-model at full context, below which only memory leads.
         trouble: why a step down is due, or None.
         hold: why the plan must not grow though nothing is wrong, or None.
+        power, memory: what about power (battery, supply, heat, watts) and about memory stands
+            against the top of the ladder, whichever of them binds; None where nothing does.
     """
 
     hard: Ceiling
@@ -73,6 +75,8 @@ class Limits:
     floor: int
     trouble: str | None
     hold: str | None
+    power: str | None
+    memory: str | None
 
 
 def latch(snapshot: Snapshot, elastic: ElasticSettings, before: Latches) -> Latches:
@@ -131,39 +135,76 @@ def limits(
 ) -> Limits:
     """Return what `snapshot` forbids; `encoders` must fit beside the decoder."""
     smallest = cost.stage_of_rung(0)
-    hard = [_cap(elastic, cost), *_memory_ceiling(snapshot.memory, elastic, cost, encoders, 0)]
+    memory_hard = _memory_ceiling(snapshot.memory, elastic, cost, encoders, 0)
+    if latches.thrash_until is not None:
+        why = "the board is out of memory (PSI full, or an OOM kill)"
+        memory_hard.append(Ceiling(smallest, why))
+    power_hard = _power_ceilings(elastic, cost, latches)
+    hard = [_cap(elastic, cost), *memory_hard, *power_hard]
+
+    saver = _saver_ceiling(snapshot, elastic.battery, cost, latches)
+    top = Ceiling(len(cost.stages) - 1, "nothing stands against the top of the ladder")
+    soft = [top, *saver]
+
+    margin = elastic.memory.grow_margin_bytes
+    memory_grow = _memory_ceiling(snapshot.memory, elastic, cost, encoders, margin)
+    memory_trouble, power_trouble = (
+        _memory_trouble(snapshot, elastic),
+        _power_trouble(snapshot, elastic),
+    )
+    memory_hold, power_hold = (
+        _near_memory_trouble(snapshot, elastic),
+        _near_power_trouble(snapshot, elastic),
+    )
+    return Limits(
+        hard=_lowest(hard),
+        soft=_lowest(soft),
+        grow=_lowest([*hard, *soft, *memory_grow]),
+        floor=smallest,
+        trouble=memory_trouble or power_trouble,
+        hold=memory_hold or power_hold,
+        power=_told([*power_hard, *saver], power_trouble, power_hold),
+        memory=_told([*memory_hard, *memory_grow], memory_trouble, memory_hold),
+    )
+
+
+def _lowest(ceilings: Sequence[Ceiling]) -> Ceiling:
+    return min(ceilings, key=lambda item: item.stage)
+
+
+def _told(ceilings: Sequence[Ceiling], trouble: str | None, hold: str | None) -> str | None:
+    """Return the one reason that is worth telling of several."""
+    if trouble is not None:
+        return trouble
+    return _lowest(ceilings).reason if ceilings else hold
+
+
+def _power_ceilings(elastic: ElasticSettings, cost: ModelCost, latches: Latches) -> list[Ceiling]:
+    smallest = cost.stage_of_rung(0)
+    found = []
     if latches.weak_until is not None:
         hold_s = elastic.power.under_voltage_hold_s
-        hard.append(Ceiling(smallest, f"the supply was too weak within the last {hold_s:.0f} s"))
+        found.append(Ceiling(smallest, f"the supply was too weak within the last {hold_s:.0f} s"))
     if latches.hot:
-        hard.append(Ceiling(smallest, "the board is at the temperature that slows it down"))
-    if latches.thrash_until is not None:
-        hard.append(Ceiling(smallest, "the board is out of memory (PSI full, or an OOM kill)"))
+        found.append(Ceiling(smallest, "the board is at the temperature that slows it down"))
     battery = elastic.battery
     if latches.band == "critical":
         percent = battery.critical_percent
-        hard.append(Ceiling(-1, f"the battery is below {percent:.0f} %", "power_saver"))
+        found.append(Ceiling(-1, f"the battery is below {percent:.0f} %", "power_saver"))
     elif latches.band == "low":
-        hard.append(Ceiling(smallest, f"the battery is below {battery.low_percent:.0f} %"))
+        found.append(Ceiling(smallest, f"the battery is below {battery.low_percent:.0f} %"))
+    return found
 
-    soft = [Ceiling(len(cost.stages) - 1, "nothing stands against the top of the ladder")]
-    if latches.band == "saver":
-        share = cost.stage_of_share(battery.saver_ladder_percent)
-        why = f"the battery is below {battery.saver_percent:.0f} %"
-        if snapshot.power.battery_percent is None:
-            why = "the board runs on a battery without a gauge"
-        soft.append(Ceiling(share, why))
 
-    margin = elastic.memory.grow_margin_bytes
-    grow = [*hard, *soft, *_memory_ceiling(snapshot.memory, elastic, cost, encoders, margin)]
-    return Limits(
-        hard=min(hard, key=lambda item: item.stage),
-        soft=min(soft, key=lambda item: item.stage),
-        grow=min(grow, key=lambda item: item.stage),
-        floor=smallest,
-        trouble=_trouble(snapshot, elastic),
-        hold=_near_trouble(snapshot, elastic),
-    )
+def _saver_ceiling(
+    snapshot: Snapshot, battery: BatterySettings, cost: ModelCost, latches: Latches
+) -> list[Ceiling]:
+    if latches.band != "saver":
+        return []
+    why = f"the battery is below {battery.saver_percent:.0f} %"
+    if snapshot.power.battery_percent is None:
+        why = "the board runs on a battery without a gauge"
+    return [Ceiling(cost.stage_of_share(battery.saver_ladder_percent), why)]
 
 
 def cap_params(elastic: ElasticSettings, cost: ModelCost) -> int:
@@ -206,14 +247,19 @@ def _memory_ceiling(
     return [Ceiling(stage, f"no more fits{beside} {why}")]
 
 
-def _trouble(snapshot: Snapshot, elastic: ElasticSettings) -> str | None:
-    """Return why a step down is due, the most pressing first."""
-    memory, power = snapshot.memory, snapshot.power
-    some = memory.pressure_some_percent
+def _memory_trouble(snapshot: Snapshot, elastic: ElasticSettings) -> str | None:
+    """Return why memory makes a step down due."""
+    some = snapshot.memory.pressure_some_percent
     if some is not None and some >= elastic.memory.pressure_percent:
         return f"tasks wait for memory {elastic.memory.pressure_percent:.0f} % of the time"
-    if memory.pressure_event:
+    if snapshot.memory.pressure_event:
         return "systemd reports memory pressure"
+    return None
+
+
+def _power_trouble(snapshot: Snapshot, elastic: ElasticSettings) -> str | None:
+    """Return why heat or power make a step down due, the most pressing first."""
+    power = snapshot.power
     margin = margin_c(snapshot, elastic)
     if margin is not None and margin <= elastic.thermal.soft_margin_c:
         return f"within {elastic.thermal.soft_margin_c:.0f} °C of throttling"
@@ -225,10 +271,14 @@ def _trouble(snapshot: Snapshot, elastic: ElasticSettings) -> str | None:
     return None
 
 
-def _near_trouble(snapshot: Snapshot, elastic: ElasticSettings) -> str | None:
+def _near_memory_trouble(snapshot: Snapshot, elastic: ElasticSettings) -> str | None:
     some = snapshot.memory.pressure_some_percent
     if some is not None and some >= elastic.memory.pressure_percent / 2:
         return "memory pressure has not gone yet"
+    return None
+
+
+def _near_power_trouble(snapshot: Snapshot, elastic: ElasticSettings) -> str | None:
     margin = margin_c(snapshot, elastic)
     thermal = elastic.thermal
     if margin is not None and margin <= thermal.soft_margin_c + thermal.hysteresis_c:

@@ -41,6 +41,14 @@ class Memory:
     oom_kills: int | None = None
 
     @property
+    def capacity_bytes(self) -> int | None:
+        """What `free_bytes` is a part of."""
+        free, limited = self.available_bytes, self.limit_free_bytes
+        if limited is not None and (free is None or limited < free):
+            return self.limit_bytes
+        return self.total_bytes
+
+    @property
     def free_bytes(self) -> int | None:
         """What can still be taken: the machine's or the cgroup's, whichever is less."""
         known = [free for free in (self.available_bytes, self.limit_free_bytes) if free is not None]

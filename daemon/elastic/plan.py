@@ -30,10 +30,10 @@ class Refusal:
     code: Literal["power_saver", "insufficient_memory"]
     reason: str
 
-    def error(self) -> RequestError:
+    def error(self, retry_after_ms: int | None = None) -> RequestError:
         """Return the error that a client is answered with."""
         kind = PowerSaver if self.code == "power_saver" else InsufficientMemory
-        return kind(f"{self.reason}: ask again later")
+        return kind(f"{self.reason}: ask again later", retry_after_ms)
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,12 +56,14 @@ class PolicyState:
 
     Attributes:
         last_wanted: when each encoder was last needed.
+        bounds: what the last snapshot forbade, to be told beside the plan.
     """
 
     plan: Plan | None = None
     pace: Pace = field(default_factory=Pace)
     latches: Latches = field(default_factory=Latches)
     last_wanted: dict[Modality, float] = field(default_factory=dict)
+    bounds: Limits | None = None
 
 
 def check_names(settings: Settings, manifest: Manifest) -> None:
@@ -102,7 +104,7 @@ def decide(
     # 3. What follows from it.
     preferred = None if mix.preference == "auto" else manifest.submodel(mix.preference)
     plan = _plan(snapshot, settings, cost, bounds, pace, latches, encoders, preferred, state.plan)
-    return PolicyState(plan, pace, latches, last_wanted)
+    return PolicyState(plan, pace, latches, last_wanted, bounds)
 
 
 def _move(before: Pace, bounds: Limits, pace: PaceSettings, now: float) -> Pace:

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import psutil
 
-from nestd.bundle.errors import BundleError, RequestError
+from nestd.bundle.errors import BundleError, InsufficientMemory, RequestError
 from nestd.bundle.manifest import Bundle
 from nestd.daemon.engine.generate import Generation
 from nestd.daemon.engine.graphs import Graphs
@@ -109,11 +109,19 @@ class Worker:
         try:
             generation = Generation(
                 self._graphs,
+        full = self._options.context_length
+        context_length = min(full, start.context_length or full)
                 self._prompt.tokenizer,
-                self._prompt.encode(start.messages),
+            prompt_ids = self._prompt.encode(start.messages)
+            if context_length <= len(prompt_ids) < full:
+                raise InsufficientMemory(
+                    f"the prompt has {len(prompt_ids)} tokens and memory is short, which leaves a "
+                    f"context of {context_length} now: shorten it, or ask again later"
+                )
+                prompt_ids,
                 start.sampling,
                 self._graphs.bundle.manifest.submodel(start.submodel),
-                self._options.context_length,
+                context_length,
                 self._options.prefill_chunk,
             )
         except RequestError as error:

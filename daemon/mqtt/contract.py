@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from nestd.daemon.engine.messages import FinishReason, Role, Switch
+from nestd.daemon.engine.messages import FinishReason, Role
 
 MAX_ID = 128
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID, pattern=r"^[\x21-\x7e]+$")]
@@ -122,8 +122,20 @@ class Timings(_Model):
     decode_ms: float
 
 
+class Switch(_Model):
+    """From the completion token with this index (0 based) on, the answer ran on `submodel`."""
+
+    token: int
+    submodel: str
+    reason: str | None
+
+
 class Done(_Model):
-    """The whole answer; `joules` is null where the board cannot tell."""
+    """The whole answer.
+
+    `switches` starts with the first size. `joules` is what the board used meanwhile (health's
+    `watts_scope` says what that covers), null where it cannot tell.
+    """
 
     id: str
     event: Literal["done"] = "done"
@@ -228,13 +240,26 @@ class Queue(_Model):
 
 
 class State(_Model):
-    """What the node does now, and why; a reason that does not apply is null."""
+    """What the node does now, and why; a reason that does not apply is null.
+
+    `submodel` is what the running answer runs on, or what a request without a wish would;
+    `largest` is the largest that any request may run on, null while requests are refused.
+    `power_reason` (battery, supply, heat, watts) and `memory_reason` say what stands against the
+    largest sub-model, whether or not it is what binds now.
+    """
 
     phase: Phase
     phase_reason: str | None
     submodel: str | None
     submodel_reason: str
+    largest: str | None
+    largest_reason: str
+    context_length: int
+    context_reason: str
+    concurrency: int
+    concurrency_reason: str
     modalities: tuple[str, ...]
+    modalities_reason: str
     queue: Queue
     power_reason: str | None
     memory_reason: str | None
@@ -254,16 +279,26 @@ class Counters(_Model):
 
 
 class Health(_Model):
-    """Figures of the moment; null means that this board cannot tell."""
+    """Figures of the moment; null means that this board cannot tell.
+
+    Memory is the machine's or the control group's, whichever has less available. `watts` covers
+    what `watts_scope` says; `joules_per_token` is that of the last answers, prompts included.
+    """
 
     uptime_seconds: float
     rss_bytes: int
     engine_rss_bytes: int | None
     memory_available_bytes: int | None
+    memory_total_bytes: int | None
     memory_pressure_percent: float | None
     temperature_celsius: float | None
+    throttle_celsius: float | None
+    battery_percent: float | None
+    under_voltage: bool | None
+    throttled: bool | None
     volts: float | None
     watts: float | None
+    watts_scope: str | None
     decode_tokens_per_second: float | None
     prefill_tokens_per_second: float | None
     joules_per_token: float | None
@@ -283,12 +318,13 @@ class InfoLimits(_Model):
 
 
 class InfoSubmodel(_Model):
-    """One size of the bundle."""
+    """One size of the bundle; a `rung` is one that no smaller one equals."""
 
     name: str
     effective_params: int
     decoder_bytes: int
     mmlu_percent: float | None
+    rung: bool
 
 
 class Info(_Model):

@@ -15,6 +15,7 @@ from nestd.daemon.mqtt.connect import node_options
 from nestd.daemon.mqtt.transport import PahoTransport
 from nestd.daemon.service import Daemon, Parts
 from support.engine import EchoEngine, small_manifest
+from support.node import FakeBoard
 
 
 def main() -> int:
@@ -26,6 +27,7 @@ def main() -> int:
     parts = Parts(
         make_transport=lambda make_will: PahoTransport(options, make_will),
         make_engine=EchoEngine,
+        board=FakeBoard(),
     )
     try:
         Daemon(settings, small_manifest(), parts).run()

@@ -15,6 +15,7 @@ from nestd.daemon.engine.messages import (
     Finished,
     LoadFailed,
     Ready,
+    Retain,
     SetSubmodel,
     Start,
     Stats,
@@ -32,6 +33,7 @@ class FakeEngine:
         self.commands: list[Command] = []
         self.alive = False
         self.killed = False
+        self.pid: int | None = None
 
     def start(self) -> None:
         self.alive = True
@@ -83,6 +85,10 @@ class FakeEngine:
     @property
     def switches(self) -> list[SetSubmodel]:
         return [c for c in self.commands if isinstance(c, SetSubmodel)]
+
+    @property
+    def retained(self) -> list[str]:
+        return [c.submodel for c in self.commands if isinstance(c, Retain)]
 
     def delta(self, text: str, tokens: int = 1) -> None:
         last = self.starts[-1]

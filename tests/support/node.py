@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nestd.daemon.config import load_settings
+from nestd.daemon.elastic.memory import Memory
+from nestd.daemon.elastic.resources import Snapshot
 from nestd.daemon.mqtt.memory import MemoryTransport
 from nestd.daemon.mqtt.packets import MakeWill, Transport
 from nestd.daemon.notify import Notifier
@@ -28,17 +32,37 @@ def settings_for_tests(**overrides: object) -> Settings:
     )
 
 
+class FakeBoard:
+    """A board whose next snapshots are `facts`, with the time of the clock."""
+
+    def __init__(self) -> None:
+        self.facts = Snapshot(time=0.0, memory=Memory(available_bytes=8 * 2**30))
+        self.samples = 0
+        self.closed = False
+
+    def sample(self, pids: Iterable[int] = (), now: float | None = None) -> Snapshot:
+        assert pids
+        assert now is not None
+        self.samples += 1
+        return replace(self.facts, time=now)
+
+    def close(self) -> None:
+        self.closed = True
+
+
 class Node:
-    """The daemon, its transport, its engines (the last is `engine`) and a clock."""
+    """The daemon, its transport, its engines (the last is `engine`), its board and a clock."""
 
     def __init__(self, **overrides: object) -> None:
         self.now = 1000.0
+        self.board = FakeBoard()
         self.engines: list[FakeEngine] = []
         self.transport = MemoryTransport()
         settings = settings_for_tests(**overrides)
         parts = Parts(
             make_transport=self._make_transport,
             make_engine=self._make_engine,
+            board=self.board,
             clock=lambda: self.now,
             notifier=Notifier(""),
         )
