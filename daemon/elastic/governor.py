@@ -250,11 +250,12 @@ def _log_changes(before: Plan | None, plan: Plan) -> None:
         new = getattr(plan, item.name)
         old = None if before is None else getattr(before, item.name)
         if isinstance(new, Choice) and (old is None or new.value != old.value):
+            was = "" if old is None else f"{_words(old.value)} -> "
             name = item.name.replace("_", " ")
-            log.info("%s is now %s: %s", name, _words(new.value), new.reason)
+            log.info("plan: %s %s%s (%s)", name, was, _words(new.value), new.reason)
 
 
-def _words(value: object) -> object:
+def _words(value: object) -> str:
     if isinstance(value, tuple):
-        return ", ".join(value) or "none"
-    return "the runtime's choice" if value is None else value
+        return " and ".join(value) or "none"
+    return "-" if value is None else str(value)

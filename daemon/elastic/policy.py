@@ -217,7 +217,9 @@ def _plan(
     threads = _threads(settings, latches)
     full = settings.engine.context_length
     if pace.stage < 0:
-        code = bounds.hard.code if bounds.hard.stage < 0 else "insufficient_memory"
+        code = bounds.hard.code
+        if bounds.hard.stage >= 0 and before is not None and before.refusal is not None:
+            code = before.refusal.code  # what it was for is over, but not yet for long enough
         return Plan(
             submodel=Choice(None, why),
             largest=Choice(None, why),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from nestd.bundle.manifest import Manifest
 from nestd.daemon.engine.messages import (
@@ -94,8 +94,15 @@ class FakeEngine:
         last = self.starts[-1]
         self.emit(Delta(id=last.id, text=text, completion_tokens=tokens, submodel=last.submodel))
 
-    def finish(self, text: str = "hello", reason: str = "stop", start: Start | None = None) -> None:
+    def finish(
+        self,
+        text: str = "hello",
+        reason: str = "stop",
+        start: Start | None = None,
+        switches: Sequence[tuple[int, str]] = (),
+    ) -> None:
         last = start or self.starts[-1]
+        ran = switches or [(0, last.submodel)]
         self.emit(
             Finished.model_validate(
                 {
@@ -104,7 +111,7 @@ class FakeEngine:
                     "finish_reason": reason,
                     "prompt_tokens": 3,
                     "completion_tokens": 2,
-                    "switches": [Switch(token=0, submodel=last.submodel)],
+                    "switches": [Switch(token=token, submodel=name) for token, name in ran],
                     "timings": Timings(encode_ms=0, prefill_ms=1, decode_ms=2),
                 }
             )
