@@ -78,6 +78,8 @@ def main() -> None:
             pairs = zip(QUESTIONS, spread, strict=True)
             answered = [ask(client, question, size) for question, size in pairs]
             answered.append(ask_and_switch(client, LONG_QUESTION, sizes[-1], sizes[0]))
+        if not all(answered):
+            print((work / "nestd.log").read_text(encoding="utf-8"), file=sys.stderr)
     say("stopped; nothing is left running")
     sys.exit(0 if all(answered) else 1)
 

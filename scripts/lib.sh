@@ -19,7 +19,7 @@ need_command() {
         echo "$command is missing: as root, apt-get install $*" >&2
         return 1
     fi
-    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@" >/dev/null
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
 
 # Make a virtual environment in $1 unless it is there.
