@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import psutil
 
+from nestd.daemon.engine.process import environment
+
 PROMPTS = (128, 512)
 DECODE = 32
 SIZES = ("E2B", "E4B")
@@ -51,15 +53,19 @@ def memory() -> dict[str, int]:
     return {"rss": kib["VmRSS"], "anonymous": kib["RssAnon"], "file": kib["RssFile"]}
 
 
-def measure(bundle_path: Path, threads: int, runs: int) -> dict[str, Any]:
-    """Load the bundle and measure; runs in a process of its own."""
+def measure(bundle_path: Path, prepared: Path, threads: int, runs: int) -> dict[str, Any]:
+    """Load the bundle and measure; runs in a process of its own.
+
+    A first process prepares the weights; the second one's start is the one that counts.
+    """
     from nestd.bundle.manifest import Bundle
     from nestd.daemon.engine.graphs import Graphs
     from nestd.daemon.engine.messages import EngineOptions
 
     bundle = Bundle.open(bundle_path)
+    options = EngineOptions(threads=threads, prepared_directory=prepared)
     start = time.monotonic()
-    graphs = Graphs(bundle, EngineOptions(threads=threads))
+    graphs = Graphs(bundle, options)
     result: dict[str, Any] = {"load_seconds": time.monotonic() - start, "loaded": memory()}
     random = np.random.default_rng(0)
     submodels = {name: bundle.manifest.submodel(name) for name in SIZES}
@@ -80,24 +86,42 @@ def measure(bundle_path: Path, threads: int, runs: int) -> dict[str, Any]:
                     graphs.run(np.array([token]), cache, submodel, need_logits=True)
                 seconds = time.monotonic() - start
                 rates.setdefault(f"{name} decode after {prompt}", []).append(DECODE / seconds)
-            result[f"resident after {name}"] = memory()
     result["tokens_per_second"] = {key: statistics.median(values) for key, values in rates.items()}
     result["switch"] = switch(graphs, submodels, runs)
     return result
 
 
-def switch(graphs: Any, submodels: Any, runs: int) -> dict[str, float]:  # noqa: ANN401
-    """Return milliseconds of the first step after a switch, beside a step without one."""
+def switch(graphs: Any, submodels: Any, runs: int) -> dict[str, Any]:  # noqa: ANN401
+    """Return milliseconds and memory of switching down and up, weights handed back and fetched."""
+    small, large = submodels["E2B"], submodels["E4B"]
     cache = graphs.new_cache(64 + 16 * runs)
-    graphs.run(np.arange(5, 69), cache, submodels["E4B"], need_logits=False)
+    graphs.run(np.arange(5, 69), cache, large, need_logits=False)
     times: dict[str, list[float]] = {}
+    resident = {}
+
+    def step(name: str, submodel: Any) -> None:  # noqa: ANN401
+        start = time.monotonic()
+        graphs.run(np.array([7]), cache, submodel, need_logits=True)
+        times.setdefault(f"{name}, ms", []).append(1000 * (time.monotonic() - start))
+
+    def retain(name: str, submodel: Any) -> None:  # noqa: ANN401
+        start = time.monotonic()
+        graphs.retain(submodel)
+        times.setdefault(f"{name}, ms", []).append(1000 * (time.monotonic() - start))
+
     for _ in range(runs):
-        for name in ("E4B", "E2B"):
-            for kind in ("first step", "second step"):
-                start = time.monotonic()
-                graphs.run(np.array([7]), cache, submodels[name], need_logits=True)
-                times.setdefault(f"{name} {kind} ms", []).append(1000 * (time.monotonic() - start))
-    return {key: statistics.median(values) for key, values in times.items()}
+        step("E4B, a step", large)
+        resident["running E4B"] = memory()
+        step("down: first E2B step", small)
+        retain("down: handing pages back", small)
+        resident["after handing back"] = memory()
+        step("E2B, a step", small)
+        resident["running E2B"] = memory()
+        retain("up: asking for pages", large)
+        step("up: first E4B step", large)
+        step("up: second E4B step", large)
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    return {"milliseconds": medians, "resident": resident}
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -156,6 +180,14 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def measured(bundle: Path, prepared: Path, threads: int, runs: int) -> dict[str, Any]:
+    """Run `measure` in a process of its own, with the engine process's settings of malloc."""
+    command = [sys.executable, __file__, "-", "-", "--threads", str(threads), "--runs", str(runs)]
+    command += ["--measure", str(bundle), str(prepared)]
+    result = subprocess.run(command, check=True, capture_output=True, env=environment())
+    return dict(json.loads(result.stdout))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
@@ -163,24 +195,23 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4])
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False))
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", type=Path, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.measure, args.threads, args.runs)))
+        print(json.dumps(measure(*args.measure, args.threads, args.runs)))
         return
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     report: dict[str, Any] = {"machine": machine(args.threads), "runs": args.runs, "bundles": {}}
     for bits in args.bits:
-        bundle = args.work / f"int{bits}"
+        bundle, prepared = args.work / f"int{bits}", args.work / "prepared"
         conversion = convert(args.checkpoint, bundle, bits)
-        command = [sys.executable, __file__, str(args.checkpoint), str(args.work)]
-        command += ["--threads", str(args.threads), "--runs", str(args.runs)]
-        out = subprocess.run([*command, "--measure", str(bundle)], check=True, capture_output=True)
-        sections = json.loads((bundle / "manifest.json").read_text())["sections"]
+        shutil.rmtree(prepared, ignore_errors=True)
         report["bundles"][str(bits)] = {
             "conversion": conversion,
-            "sections": sections,
-            "run": json.loads(out.stdout),
+            "sections": json.loads((bundle / "manifest.json").read_text())["sections"],
+            "first": measured(bundle, prepared, args.threads, 1),
+            "run": measured(bundle, prepared, args.threads, args.runs),
+            "prepared_bytes": sum(f.stat().st_size for f in prepared.rglob("*") if f.is_file()),
         }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "real_shape.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -74,14 +74,15 @@ def test_retaining_a_small_size_hands_back_the_pages_of_larger_ones(
     graphs = open_graphs(bundle, prepared)
     data = next(prepared.glob("wide-*")) / "decoder.data"
     full, nested = bundle.manifest.submodel("full"), bundle.manifest.submodel("nested")
+    assert resident_bytes(data) < 0.3 * full.decoder_bytes
     before = logits(graphs, full)
     loaded = resident_bytes(data)
     graphs.retain(nested)
     small = resident_bytes(data)
     logits(graphs, nested)
-    # The matrices that are only compared when loading go, and the wide halves go; what is left is
+    # The wide halves go; what is left is
     # what nested needs and the incomplete pages at the ends of regions.
-    assert small < 0.6 * loaded
+    assert small < 0.8 * loaded
     parts = prepare._parts(data.with_name(prepare.GRAPH), 512)
     needed = needed_parts(bundle.manifest.model, nested)
     kept = sum(length for name in needed for _, length in parts[name])

@@ -43,9 +43,13 @@ class Graphs:
         self._embed_tokens = load_graph(bundle.file("embed_tokens.onnx"), threads=1)
         self._per_layer_embeddings = load_graph(bundle.file("per_layer_embeddings.onnx"), threads=1)
         # Rows of the tables are read here and there: reading ahead would cost 8 ms a cold row.
-        for table in ("embed_tokens.data", "per_layer_embeddings.data"):
-            for address, length, _ in mappings(bundle.file(table)):
-                advise(address, length, mmap.MADV_RANDOM)
+        self._tables = [
+            (address, length)
+            for table in ("embed_tokens.data", "per_layer_embeddings.data")
+            for address, length, _ in mappings(bundle.file(table))
+        ]
+        for address, length in self._tables:
+            advise(address, length, mmap.MADV_RANDOM)
         self._residency: Residency | None = None
         if options.prepared_directory is None:
             self._decoder = load_graph(bundle.file("decoder.onnx"), options.threads)
@@ -53,6 +57,7 @@ class Graphs:
             prepared = prepared_decoder(bundle, options.prepared_directory, options.threads)
             self._decoder = load_graph(prepared / GRAPH, options.threads)
             self._residency = Residency(prepared, self.model)
+            self._residency.drop_all()
         self._flags: dict[str, _Flags] = {}
         self._need = {flag: np.array([flag]) for flag in (False, True)}
 
@@ -64,6 +69,8 @@ class Graphs:
         """
         if self._residency is not None:
             self._residency.retain(submodel)
+            for address, length in self._tables:
+                advise(address, length, mmap.MADV_DONTNEED)
 
     def new_cache(self, capacity: int) -> KVCache:
         """Return an empty cache for a sequence of up to `capacity` tokens."""

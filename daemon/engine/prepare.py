@@ -33,6 +33,7 @@ from nestd.daemon.engine.sessions import VERSION, save_prepared
 GRAPH = "decoder.onnx"
 DATA = "decoder.data"
 PARTS = "parts.json"
+ORIGINALS = "originals"
 # Bytes on disk per byte of weights: originals, rearranged copies, and alignment.
 GROWTH = 2.2
 
@@ -119,7 +120,7 @@ def _remove_outdated(bundle: Bundle, directory: Path) -> None:
 def _parts(graph: Path, nested: int) -> dict[str, list[tuple[int, int]]]:
     """Return the (offset, bytes) regions of the data file by the part of the model they serve.
 
-    Parts are `layers.3`, `layers.3.wide`, `common`, and `originals`: matrices that are only
+    Parts are `layers.3`, `layers.3.wide`, `common`, and ORIGINALS: matrices that are only
     compared at load time and never read again.
     """
     import onnx  # here, because it is needed once in a bundle's life on a device
@@ -144,7 +145,7 @@ def _parts(graph: Path, nested: int) -> dict[str, list[tuple[int, int]]]:
             for piece in value.split("|")[1:]:
                 offset, length = piece.split(";")[:2]
                 regions[part].append((int(offset), int(length)))
-        regions["originals" if packed else part].append(own)
+        regions[ORIGINALS if packed else part].append(own)
     return regions
 
 

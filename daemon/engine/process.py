@@ -54,7 +54,7 @@ class EngineProcess:
         ]
         with theirs:
             self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=_environment()
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment()
             )
         self._channel = ours
         self._reader = threading.Thread(
@@ -100,7 +100,8 @@ class EngineProcess:
             self._on_event(Exited(returncode=process.wait()))
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Return the environment that an engine process runs in."""
     # Large buffers come from mmap and go back to the system when they are freed; glibc otherwise
     # raises this threshold by itself and keeps hundreds of megabytes after loading.
     return {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}

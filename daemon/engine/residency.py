@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nestd.bundle.manifest import ModelConfig, Submodel
-from nestd.daemon.engine.prepare import DATA, PARTS
+from nestd.daemon.engine.prepare import DATA, ORIGINALS, PARTS
 
 Region = tuple[int, int]
 
@@ -39,15 +39,24 @@ class Residency:
     def retain(self, submodel: Submodel) -> None:
         """Drop every page that `submodel` does not need, and start to fetch those that it does."""
         needed = needed_parts(self._model, submodel)
+        self._drop(name for name in self._parts if name not in needed)
+        for name in needed & self._parts.keys():
+            self._advise(self._parts[name], mmap.MADV_WILLNEED)
+
+    def drop_all(self) -> None:
+        """Drop every page: loading has touched them all, running will touch those that it needs."""
+        for regions in self._parts.values():
+            self._advise(regions, mmap.MADV_DONTNEED)
+        self._drop([ORIGINALS])
+
+    def _drop(self, names: Iterable[str]) -> None:
         with self._data.open("rb") as file:
-            for name, regions in self._parts.items():
-                keep = name in needed
-                advice = mmap.MADV_WILLNEED if keep else mmap.MADV_DONTNEED
-                self._advise(regions, advice)
-                if not keep:
-                    # The page cache lets go as well, so that the memory is free, not just cached.
-                    for offset, length in regions:
-                        os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_DONTNEED)
+            for name in names:
+                regions = self._parts.get(name, [])
+                self._advise(regions, mmap.MADV_DONTNEED)
+                # The page cache lets go as well, so that the memory is free, not just cached.
+                for offset, length in regions:
+                    os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_DONTNEED)
 
     def _advise(self, regions: Iterable[Region], advice: int) -> None:
         for offset, length in regions:

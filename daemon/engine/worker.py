@@ -37,6 +37,7 @@ from nestd.daemon.engine.messages import (
     Finished,
     LoadFailed,
     Ready,
+    Retain,
     SetSubmodel,
     Start,
     Stats,
@@ -80,6 +81,8 @@ class Worker:
             self._cancel(command.id)
         elif isinstance(command, SetSubmodel):
             self._set_submodel(command)
+        elif isinstance(command, Retain):
+            self._graphs.retain(self._graphs.bundle.manifest.submodel(command.submodel))
 
     def step(self) -> None:
         """Admit the next request, or run one step of the running one."""
@@ -106,18 +109,18 @@ class Worker:
 
     def _admit(self, start: Start) -> None:
         began = time.monotonic()
-        try:
-            generation = Generation(
-                self._graphs,
         full = self._options.context_length
         context_length = min(full, start.context_length or full)
-                self._prompt.tokenizer,
+        try:
             prompt_ids = self._prompt.encode(start.messages)
             if context_length <= len(prompt_ids) < full:
                 raise InsufficientMemory(
                     f"the prompt has {len(prompt_ids)} tokens and memory is short, which leaves a "
                     f"context of {context_length} now: shorten it, or ask again later"
                 )
+            generation = Generation(
+                self._graphs,
+                self._prompt.tokenizer,
                 prompt_ids,
                 start.sampling,
                 self._graphs.bundle.manifest.submodel(start.submodel),
