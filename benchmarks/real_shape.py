@@ -91,7 +91,7 @@ def measure(bundle_path: Path, prepared: Path, threads: int, runs: int) -> dict[
     return result
 
 
-def switch(graphs: Any, submodels: Any, runs: int) -> dict[str, Any]:  # noqa: ANN401
+def switch(graphs: Any, submodels: Any, runs: int) -> dict[str, Any]:
     """Return milliseconds and memory of switching down and up, weights handed back and fetched."""
     small, large = submodels["E2B"], submodels["E4B"]
     cache = graphs.new_cache(64 + 16 * runs)
@@ -99,12 +99,12 @@ def switch(graphs: Any, submodels: Any, runs: int) -> dict[str, Any]:  # noqa: A
     times: dict[str, list[float]] = {}
     resident = {}
 
-    def step(name: str, submodel: Any) -> None:  # noqa: ANN401
+    def step(name: str, submodel: Any) -> None:
         start = time.monotonic()
         graphs.run(np.array([7]), cache, submodel, need_logits=True)
         times.setdefault(f"{name}, ms", []).append(1000 * (time.monotonic() - start))
 
-    def retain(name: str, submodel: Any) -> None:  # noqa: ANN401
+    def retain(name: str, submodel: Any) -> None:
         start = time.monotonic()
         graphs.retain(submodel)
         times.setdefault(f"{name}, ms", []).append(1000 * (time.monotonic() - start))
@@ -155,7 +155,7 @@ def table(report: dict[str, Any]) -> str:
         "|---|" + "---|" * len(widths),
     ]
 
-    def row(name: str, value: Any) -> None:  # noqa: ANN401
+    def row(name: str, value: Any) -> None:
         cells = [value(report["bundles"][width]) for width in widths]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
 
