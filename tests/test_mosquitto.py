@@ -5,105 +5,22 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from queue import Empty, Queue
 from typing import Any
 
 import pytest
+from support.clients import PATIENCE, daemon, echo_daemon, listening, wait_for_line
 from support.mosquitto import Mosquitto
 
 from nestd.cli.client import Client, Due
-from nestd.daemon.mqtt.packets import Connected, Message, Received, Subscription, TransportOptions
+from nestd.daemon.mqtt.packets import TransportOptions
 from nestd.daemon.mqtt.transport import PahoTransport
 
 pytestmark = pytest.mark.broker
-
-PATIENCE = 20.0
-ECHO_DAEMON = Path(__file__).parent / "support" / "echo_daemon.py"
-
-
-class Listener:
-    """A raw MQTT client that queues what it receives."""
-
-    def __init__(self, broker: Mosquitto, *filters: str, protocol: str = "5") -> None:
-        self.received: Queue[Received] = Queue()
-        self._connected = threading.Event()
-        self._filters = [Subscription(topic_filter, 1) for topic_filter in filters]
-        self._transport = PahoTransport(
-            TransportOptions(
-                host="127.0.0.1",
-                port=broker.port,
-                client_id=f"listener-{id(self)}",
-                protocol=protocol,
-                clean_start=True,
-                retry_seconds=(0.1, 0.2),
-            )
-        )
-        self._transport.start(self._on_event)
-        assert self._connected.wait(PATIENCE)
-
-    def _on_event(self, event: object) -> None:
-        if isinstance(event, Connected):
-            self._transport.subscribe(self._filters)
-            self._connected.set()
-        elif isinstance(event, Received):
-            self._transport.acknowledge(event)
-            self.received.put(event)
-
-    def publish(self, topic: str, payload: Any, **properties: Any) -> None:
-        data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-        assert self._transport.publish(Message(topic, data, **properties)) is not None
-
-    def until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """Return the first JSON object received from now on that is `wanted`."""
-        while True:
-            document: dict[str, Any] = json.loads(self.received.get(timeout=PATIENCE).payload)
-            if wanted(document):
-                return document
-
-    def until_event(self, kind: str) -> dict[str, Any]:
-        return self.until(lambda document: document.get("event") == kind)
-
-    def nothing_more(self, seconds: float) -> bool:
-        try:
-            self.received.get(timeout=seconds)
-        except Empty:
-            return True
-        return False
-
-    def close(self) -> None:
-        self._transport.stop(2)
-
-
-@contextmanager
-def listening(broker: Mosquitto, *filters: str, protocol: str = "5") -> Iterator[Listener]:
-    listener = Listener(broker, *filters, protocol=protocol)
-    try:
-        yield listener
-    finally:
-        listener.close()
-
-
-@contextmanager
-def daemon(
-    broker: Mosquitto, node: str = "node", *settings: str
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A daemon process that is ready."""
-    command = [sys.executable, str(ECHO_DAEMON), str(broker.port), node, *settings]
-    with listening(broker, f"nestd/v1/{node}/state") as states:
-        log = broker.config.with_name(f"{node}.log").open("ab")
-        with log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-            try:
-                states.until(lambda state: state["phase"] == "ready")
-                yield process
-            finally:
-                if process.poll() is None:
-                    process.kill()
 
 
 @contextmanager
@@ -118,7 +35,7 @@ def client(broker: Mosquitto, node: str = "node", protocol: str = "5") -> Iterat
     )
     connection = Client(PahoTransport(options), options.client_id, "nestd")
     try:
-        connection.connect(node, node)
+        connection.connect(node, node, PATIENCE)
         yield connection
     finally:
         connection.close()
@@ -298,24 +215,22 @@ def test_the_brokers_packet_limit_is_respected(mosquitto: Mosquitto) -> None:
 
 
 def test_a_broker_with_passwords_lets_us_in_only_with_the_right_one(tmp_path: Path) -> None:
-    (tmp_path / "users").write_text("")
-    subprocess.run(["mosquitto_passwd", "-b", str(tmp_path / "users"), "nest", "right"], check=True)
-    broker = Mosquitto(tmp_path, f"password_file {tmp_path / 'users'}", anonymous=False)
+    users, password = tmp_path / "users", tmp_path / "password"
+    users.write_text("")
+    subprocess.run(["mosquitto_passwd", "-b", str(users), "nest", "right"], check=True)
+    broker = Mosquitto(tmp_path, f"password_file {users}", anonymous=False)
+    credentials = ("mqtt.username=nest", f"mqtt.password_file={password}")
     broker.start()
-    password = tmp_path / "password"
-    command = [sys.executable, str(ECHO_DAEMON), str(broker.port), "node"]
-    command += ["mqtt.username=nest", f"mqtt.password_file={password}"]
     try:
         password.write_text("wrong\n")
-        refused = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-        assert refused.returncode == 2
-        assert "mqtt.password_file" in refused.stderr
-        assert "wrong" not in refused.stderr
+        with echo_daemon(broker, "node", *credentials) as process:
+            log = process.communicate(timeout=PATIENCE)[1]
+            assert process.returncode == 2
+        assert "mqtt.password_file" in log
+        assert "wrong" not in log
         password.write_text("right\n")
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stderr is not None
-            assert any("connected (connection 1)" in line for line in process.stderr)
-            process.kill()
+        with echo_daemon(broker, "node", *credentials) as process:
+            wait_for_line(process, "connected (connection 1)")
     finally:
         broker.stop()
 
@@ -333,31 +248,27 @@ def test_the_broker_is_reached_over_tls_and_its_certificate_is_checked(tmp_path:
     )
     broker = Mosquitto(tmp_path, f"certfile {certificate}", f"keyfile {key}")
     broker.start()
-    command = [sys.executable, str(ECHO_DAEMON), str(broker.port), "node", "mqtt.tls=true"]
     try:
-        for trust, outcome in (
-            ([f"mqtt.ca_file={certificate}"], "connected (connection 1)"),
-            ([], "CERTIFICATE_VERIFY_FAILED"),
-        ):
-            with subprocess.Popen([*command, *trust], stderr=subprocess.PIPE, text=True) as process:
-                assert process.stderr is not None
-                assert any(outcome in line for line in process.stderr)
-                process.kill()
+        with echo_daemon(
+            broker, "node", "mqtt.tls=true", f"mqtt.ca_file={certificate}"
+        ) as trusting:
+            wait_for_line(trusting, "connected (connection 1)")
+        with echo_daemon(broker, "node", "mqtt.tls=true") as distrusting:
+            wait_for_line(distrusting, "CERTIFICATE_VERIFY_FAILED")
     finally:
         broker.stop()
 
 
 def test_a_broker_that_comes_late_is_waited_for(mosquitto: Mosquitto) -> None:
     mosquitto.stop()
-    command = [sys.executable, str(ECHO_DAEMON), str(mosquitto.port), "node"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with echo_daemon(mosquitto) as process:
+        wait_for_line(process, "cannot reach the broker")
         assert process.stderr is not None
-        assert any("cannot reach the broker" in line for line in process.stderr)
         drain = threading.Thread(target=process.stderr.read)
         drain.start()
         mosquitto.start()
         with listening(mosquitto, "nestd/v1/node/availability") as me:
             me.until(lambda a: a["state"] == "online")
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(PATIENCE) == 0
         drain.join()

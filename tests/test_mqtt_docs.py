@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
+from support.clients import PATIENCE, daemon
 from support.mosquitto import Mosquitto
 
 from nestd.bundle.errors import RequestError
 from nestd.daemon.mqtt import contract
 
 TEXT = (Path(__file__).parents[1] / "docs" / "mqtt.md").read_text(encoding="utf-8")
-ECHO_DAEMON = Path(__file__).parent / "support" / "echo_daemon.py"
 
 
 @pytest.mark.parametrize(
@@ -69,15 +68,11 @@ def test_json_examples_are_valid_events() -> None:
 
 @pytest.mark.broker
 def test_shell_examples_get_their_answers(mosquitto: Mosquitto) -> None:
-    command = [sys.executable, str(ECHO_DAEMON), str(mosquitto.port), "kitchen"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as daemon:
-        assert daemon.stderr is not None
-        assert any("connected" in line for line in daemon.stderr)
+    tool = re.compile(r"^(mosquitto_\w+)", re.MULTILINE)
+    with daemon(mosquitto, "kitchen"):
         for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL):
-            tool = re.compile(r"^(mosquitto_\w+)", re.MULTILINE)
             script = tool.sub(rf"\1 -p {mosquitto.port}", block)
-            if "mosquitto_rr" in block:
-                script = script.replace("mosquitto_rr", "mosquitto_rr -W 20")
+            script = script.replace("mosquitto_rr", f"mosquitto_rr -W {PATIENCE:.0f}")
             result = subprocess.run(["bash", "-ec", script], capture_output=True, text=True)
             assert result.returncode == 0, (block, result.stderr)
             assert result.stdout, block
@@ -85,5 +80,3 @@ def test_shell_examples_get_their_answers(mosquitto: Mosquitto) -> None:
                 document = json.loads(line)
                 assert document.get("ok", True), document
                 assert document.get("event", "done") == "done", document
-        daemon.terminate()
-        daemon.stderr.read()
