@@ -177,7 +177,7 @@ def table(report: dict[str, Any]) -> str:
         "",
         f"{m['cpu']}, {m['threads']} threads, commit {m['commit']}. The weights are random.",
         "",
-        f"- {report['requests']} requests: {report['events']}, at most {report['attempts']} attempts",
+        f"- {report['requests']} requests: {report['events']}, attempts: {report['attempts']}",
         f"- OOM kills: {report['oom_kills']}; the eater survived: {report.get('eater_survived')}",
         f"- first answer, weights prepared inside the limit: {report['first_answer']}",
         f"- a prompt near the whole context: {report['long_prompt']}",

@@ -46,8 +46,8 @@ from nestd.conversion.sources import resolve
 from nestd.conversion.weights import WeightFile
 
 SUBMODELS_FILE = "submodels.yaml"
-# Rearranged for the kernels a block carries its scale and its sum: at 4 bits in blocks of 32 that is
-# half as much again as the weights themselves, in blocks of 128 an eighth.
+# Rearranged for the kernels, a block carries its scale and its sum: at 4 bits and blocks of 32 that
+# is half as much again as the weights themselves, at blocks of 128 an eighth.
 DEFAULT_BLOCK_SIZE = 128
 
 
