@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,17 @@ def engine_of(node: subprocess.Popen[bytes]) -> psutil.Process:
     return psutil.Process(node.pid).children()[0]
 
 
+def until(
+    attempt: Callable[[], dict[str, Any]], hit: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
+    """Try to catch an answer in the middle: on a busy machine it may be over before we act."""
+    for _ in range(10):
+        done = attempt()
+        if hit(done):
+            break
+    return done
+
+
 def ask(mosquitto: Mosquitto, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = nestd("ask", "turn the light on", "--port", str(mosquitto.port), *arguments)
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
@@ -106,10 +118,13 @@ def test_streamed_text_adds_up_to_the_answer(client: Client) -> None:
 
 
 def test_the_size_changes_in_the_middle_of_an_answer(client: Client) -> None:
-    events = client.ask(question(id="a", submodel="full", **LONG), PATIENCE)
-    next(e for e in events if e["event"] == "delta")
-    client.control("submodel", {"submodel": "nested", "id": "a"})
-    done = list(events)[-1]
+    def switched() -> dict[str, Any]:
+        events = client.ask(question(id=uuid.uuid4().hex, submodel="full", **LONG), PATIENCE)
+        running = next(e for e in events if e["event"] == "delta")["id"]
+        client.control("submodel", {"submodel": "nested", "id": running})
+        return list(events)[-1]
+
+    done = until(switched, lambda done: len(done["switches"]) > 1)
     assert [s["submodel"] for s in done["switches"]] == ["full", "nested"]
     assert done["submodel"] == "nested"
 
@@ -118,10 +133,14 @@ def test_an_engine_that_is_killed_is_replaced_and_the_answer_is_the_same(
     client: Client, node: subprocess.Popen[bytes]
 ) -> None:
     whole = list(client.ask(question(**LONG), PATIENCE))[-1]["text"]
-    events = client.ask(question(**LONG), PATIENCE)
-    next(e for e in events if e["event"] == "delta")
-    engine_of(node).kill()
-    done = list(events)[-1]
+
+    def interrupted() -> dict[str, Any]:
+        events = client.ask(question(**LONG), PATIENCE)
+        next(e for e in events if e["event"] == "delta")
+        engine_of(node).kill()
+        return list(events)[-1]
+
+    done = until(interrupted, lambda done: done["attempt"] > 1)
     assert (done["event"], done["attempt"]) == ("done", 2)
     assert done["text"] == whole
 

@@ -154,7 +154,7 @@ def test_a_killed_daemon_loses_no_request(mosquitto: Mosquitto) -> None:
             process.kill()
             process.wait()
         me.publish(topic, request("absent", id="absent"), response_topic="clients/me/r")
-        with daemon(mosquitto):
+        with daemon(mosquitto) as process:
             again = me.until(lambda e: e["id"] == "runs")
             assert (again["event"], again["attempt"]) == ("accepted", 2)
             me.publish("nestd/v1/node/request/cancel", {"id": "runs"}, qos=0)
@@ -164,6 +164,8 @@ def test_a_killed_daemon_loses_no_request(mosquitto: Mosquitto) -> None:
                 ("waits", 2),
                 ("absent", 1),
             ]
+            process.terminate()  # a kill might come before the last PUBACK
+            process.wait(PATIENCE)
         with daemon(mosquitto):
             assert me.nothing_more(1.0), "what was answered has had its PUBACK"
 
