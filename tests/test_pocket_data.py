@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import sys
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -86,7 +85,3 @@ def test_a_prompt_has_the_form_of_the_chat_template(tokenizer: ModuleType) -> No
     trained = tokenizer.load_tokenizer()
     ids = trained.encode(text, add_special_tokens=False).ids
     assert ids == tokenizer.encode_prompt(trained, "hi")
-
-
-def test_modules_of_the_example_do_not_leak_into_the_path() -> None:
-    assert str(POCKET) not in sys.path

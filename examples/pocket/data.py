@@ -2,8 +2,9 @@
 
 The split is decided by the *skeleton* of a command: its text with every number replaced by `#`. One
 skeleton in ten is held out, so a held-out request asks for a combination of action, device, room,
-condition ... that no training example asks for in any wording or with any number. Two-part commands
-are held out when either part is, and train only when both parts are.
+condition ... that no training example asks for in any wording or with any number. Commands of fewer
+than three slots are the vocabulary and always train. Two-part commands are held out when either
+part is, and train only when both parts are.
 
 Run as a script it prints examples: `python data.py heldout 20 --seed 7`.
 """
@@ -44,6 +45,8 @@ def split_of(request: str, command: Command) -> Split:
     if command["action"] == "all":
         parts = [split_of(request, part) for part in command["of"]]
         return "heldout" if "heldout" in parts else "train"
+    if len(command) == 2:
+        return "train"
     # All off-topic requests share one command, so these are split by their words.
     key = request if command["action"] == "unknown" else re.sub(r"\d+", "#", to_text(command))
     digest = hashlib.blake2b(key.encode(), digest_size=4).digest()

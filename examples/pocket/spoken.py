@@ -87,8 +87,9 @@ def random_time(rng: random.Random) -> tuple[str, str]:
     hour = rng.choice([*range(24), *range(6, 23)])
     minute = rng.choice([0, 15, 30, 45, rng.randrange(0, 60, 5), rng.randrange(60)])
     said = say_time(rng, hour, minute)
-    if rng.random() < 0.15:
-        offset = rng.choice([15, 30, rng.randrange(5, 60, 5), rng.randrange(2, 60)])
+    if rng.random() < 0.12:
+        offset, minute = rng.choice([5, 10, 15, 20, 30, 45]), minute // 5 * 5
+        said = say_time(rng, hour, minute)
         later = rng.random() < 0.5
         count = "half an hour" if offset == 30 else f"{say_number(rng, offset)} minutes"
         said = f"{count} {'after' if later else 'before'} {said}"
@@ -110,10 +111,10 @@ def random_duration(rng: random.Random) -> tuple[str, dict[str, int]]:
         unit = "hour" if hours == 1 else "hours"
         said = f"{say_number(rng, hours)} {unit} and {say_number(rng, minutes)} minutes"
         return said, {"minutes": 60 * hours + minutes}
-    if style == 4:
+    if style == 3:
         seconds = rng.randint(5, 59)
         return f"{say_number(rng, seconds)} seconds", {"seconds": seconds}
-    if style == 5:
+    if style == 4:
         hours = rng.randint(2, 12)
         return f"{say_number(rng, hours)} hours", {"minutes": 60 * hours}
     minutes = rng.randint(2, 99)

@@ -1,8 +1,9 @@
 """Trains pocket with the MatFormer objective and writes checkpoint/ (bfloat16 safetensors).
 
 Every step trains the full size, the nested size and one size in between, each on its own rows, and
-adds the gradients. Only answer tokens have a loss, so the layers that share KV run on those
-positions alone: the same early stop the engine makes in prefill, with KV sharing as in inference.
+adds the gradients. `--finish` goes on from checkpoint/ without the nested size, for those above it.
+Only answer tokens have a loss, so the layers that share KV run on those positions alone: the same
+early stop the engine makes in prefill, with KV sharing as in inference.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import argparse
 import copy
 import math
 import random
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from data import examples
-from model import Submodel, load_submodels, make_elastic, pocket_config, select
+from model import Submodel, load_model, load_submodels, make_elastic, pocket_config, select
 from tokenizer import (
     BOS,
     CHECKPOINT,
@@ -29,12 +31,15 @@ from tokenizer import (
     load_tokenizer,
 )  # fmt: skip
 from tokenizers import Tokenizer
-from torch import nn
+from torch import distributed, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 from transformers import Gemma3nForCausalLM, GenerationConfig
 
 ROW, ANSWERS = 144, 72  # tokens of a packed row, of which at most so many predict an answer
 IGNORE = -100
+# The full size comes first; the smaller ones follow at a price they can bear.
+LOSS_WEIGHTS = {"nested": 0.4, "between": 0.7, "full": 1.0}
 
 
 @dataclass(frozen=True)
@@ -189,11 +194,9 @@ def optimizers(model: Gemma3nForCausalLM, lr: float) -> list[torch.optim.Optimiz
     ]
 
 
-def lr_factor(step: int, steps: int, warmup: int = 60) -> float:
+def lr_factor(step: int, progress: float, warmup: int = 60) -> float:
     """Linear warm-up, then cosine to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def save(model: Gemma3nForCausalLM) -> None:
@@ -205,14 +208,29 @@ def save(model: Gemma3nForCausalLM) -> None:
     rounded.save_pretrained(CHECKPOINT)
 
 
-def train(options: argparse.Namespace, report: Callable[[str], None] = print) -> None:
-    """The training loop."""
-    torch.set_num_threads(2)
+def sum_gradients(weights: list[nn.Parameter]) -> None:
+    """Add up the gradients of all workers."""
+    gradients: list[torch.Tensor] = [weight.grad for weight in weights if weight.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    for gradient, part in zip(
+        gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True
+    ):
+        gradient.copy_(part.view_as(gradient))
+
+
+def train(worker: int, options: argparse.Namespace) -> None:
+    """The training loop of one worker; all keep the same weights."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{options.meeting}", rank=worker, world_size=options.workers
+    )
     torch.manual_seed(options.seed)
     rng = random.Random(options.seed)
     nested_width, submodels = load_submodels()
     nested, between, full = submodels[0], submodels[1:-1], submodels[-1]
-    model = new_model().train()
+    model = load_model().requires_grad_() if options.finish else new_model()
+    model.train()
     average = copy.deepcopy(model)
     layers = make_elastic(model)
     if options.compile:
@@ -221,14 +239,18 @@ def train(options: argparse.Namespace, report: Callable[[str], None] = print) ->
             layer.compile(dynamic=False)
     optims = optimizers(model, options.lr)
     weights = list(model.parameters())
-    stream = batches(load_tokenizer(), options.rows, options.seed)
-    started, losses = time.time(), dict.fromkeys(("nested", "between", "full"), 0.0)
+    rows = options.rows // options.workers
+    stream = batches(load_tokenizer(), rows, seed=options.seed * options.workers + worker)
+    step, started, losses = 0, time.time(), dict.fromkeys(("nested", "between", "full"), 0.0)
 
-    for step in range(options.steps):
+    progress = torch.zeros(1)
+    while progress < 1:
         for optimizer in optims:
             for group in optimizer.param_groups:
-                group["lr"] = options.lr * lr_factor(step, options.steps)
-        plan: dict[str, Submodel] = {"nested": nested, "between": rng.choice(between), "full": full}
+                group["lr"] = options.lr * lr_factor(step, progress.item())
+        plan: dict[str, Submodel] = {"between": rng.choice(between), "full": full}
+        if not options.finish:
+            plan["nested"] = nested
         for kind, submodel in plan.items():
             select(model, layers, submodel, nested_width)
             batch = next(stream)
@@ -237,34 +259,44 @@ def train(options: argparse.Namespace, report: Callable[[str], None] = print) ->
                 loss = functional.cross_entropy(
                     logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE
                 )
-            weight = options.full_weight if kind == "full" else 1.0
-            (loss * weight).backward()  # type: ignore[no-untyped-call]
-            losses[kind] += 0.02 * (loss.item() - losses[kind]) if step else loss.item()
+            (loss * LOSS_WEIGHTS[kind]).backward()  # type: ignore[no-untyped-call]
+            losses[kind] += 0.05 * (loss.item() - losses[kind]) if step else loss.item()
+        sum_gradients(weights)
         nn.utils.clip_grad_norm_(weights, 1.0)
         for optimizer in optims:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            decay = min(0.995, (step + 1) / (step + 20))
-            torch._foreach_lerp_(list(average.parameters()), weights, 1 - decay)
-        if step % 25 == 0 or step == options.steps - 1:
+            decay = min(0.99, (step + 1) / (step + 20))
+            for slow, fast in zip(average.parameters(), weights, strict=True):
+                slow.lerp_(fast, 1 - decay)
+        step += 1
+        progress[0] = max(step / options.steps, (time.time() - started) / 60 / options.minutes)
+        distributed.broadcast(progress, src=0)
+        if worker == 0 and (step % 25 == 0 or progress >= 1):
             shown = " ".join(f"{kind} {loss:.4f}" for kind, loss in losses.items())
-            report(f"step {step} {time.time() - started:.0f}s loss {shown}")
-        if step % 500 == 499 or step == options.steps - 1:
+            print(f"step {step} {time.time() - started:.0f}s loss {shown}", flush=True)
+        if worker == 0 and (step % 200 == 0 or progress >= 1):
             save(average)
+    distributed.destroy_process_group()
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rows", type=int, default=14, help="packed rows for each of three sizes")
     parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--full-weight", type=float, default=1.0)
+    parser.add_argument("--minutes", type=float, default=60.0, help="end earlier if slower")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--finish", action="store_true", help="go on from checkpoint/")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--no-bf16", dest="bf16", action="store_false")
-    train(parser.parse_args(), lambda line: print(line, flush=True))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        options.meeting = f"{folder}/meeting"
+        spawn(train, args=(options,), nprocs=options.workers)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":
