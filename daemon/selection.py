@@ -65,6 +65,7 @@ def sampling_of(request: Request, defaults: GenerationDefaults, max_tokens: int)
         temperature=temperature if request.temperature is None else request.temperature,
         top_k=defaults.top_k if request.top_k is None else request.top_k,
         top_p=defaults.top_p if request.top_p is None else request.top_p,
+        repetition_penalty=request.repetition_penalty or 1.0,
         seed=request.seed,
         stop=request.stop,
     )

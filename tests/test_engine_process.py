@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -146,6 +147,11 @@ def test_statistics_come_when_the_engine_becomes_idle(engine: Engine) -> None:
 def test_the_process_is_the_kernels_preferred_victim(engine: Engine) -> None:
     score = Path(f"/proc/{engine.process.pid}/oom_score_adj").read_text()
     assert int(score) == 900
+
+
+def test_ctrl_c_at_the_daemons_terminal_does_not_reach_the_process(engine: Engine) -> None:
+    assert engine.process.pid is not None
+    assert os.getsid(engine.process.pid) == engine.process.pid != os.getsid(0)
 
 
 def test_a_killed_process_says_so_last(engine: Engine) -> None:

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.engine import small_manifest
 from support.node import REPLY, Node
 
 from nestd.bundle.errors import BrokerError
-from nestd.daemon.engine.messages import SetSubmodel
+from nestd.daemon.engine.messages import SetSubmodel, Start
 from nestd.daemon.mqtt.packets import Received
 from nestd.daemon.service import StopRequested
 from nestd.daemon.supervisor import STALL_SECONDS
@@ -619,3 +620,12 @@ def test_prompts_are_never_logged(node: Node, caplog: pytest.LogCaptureFixture) 
     node.ask(id="b", messages=[{"role": "user", "content": 17}, {"secret": "my secret"}])
     assert "secret" not in caplog.text.replace("'secret'", "")
     assert node.last()["code"] == "bad_request"
+
+
+def test_sampling_comes_from_the_request_and_else_from_the_model(node: Node) -> None:
+    node.ask(id="a", temperature=0.5, top_k=7, repetition_penalty=1.3, seed=9, stop=["END"])
+    start = next(command for command in node.engine.commands if isinstance(command, Start))
+    assert (start.sampling.temperature, start.sampling.top_k) == (0.5, 7)
+    assert (start.sampling.repetition_penalty, start.sampling.seed) == (1.3, 9)
+    assert start.sampling.stop == ("END",)
+    assert start.sampling.top_p == small_manifest().generation.top_p

@@ -135,12 +135,13 @@ def limits(
 ) -> Limits:
     """Return what `snapshot` forbids; `encoders` must fit beside the decoder."""
     smallest = cost.stage_of_rung(0)
-    memory_hard = _memory_ceiling(snapshot.memory, elastic, cost, encoders, 0)
+    thrashing = []
     if latches.thrash_until is not None:
         why = "the board is out of memory (PSI full, or an OOM kill)"
-        memory_hard.append(Ceiling(smallest, why))
+        thrashing.append(Ceiling(smallest, why))
+    memory_hard = _memory_ceiling(snapshot.memory, elastic, cost, encoders, 0)
     power_hard = _power_ceilings(elastic, cost, latches)
-    hard = [_cap(elastic, cost), *memory_hard, *power_hard]
+    hard = [_cap(elastic, cost), *memory_hard, *power_hard, *thrashing]
 
     saver = _saver_ceiling(snapshot, elastic.battery, cost, latches)
     top = Ceiling(len(cost.stages) - 1, "nothing stands against the top of the ladder")
@@ -163,8 +164,8 @@ def limits(
         floor=smallest,
         trouble=memory_trouble or power_trouble,
         hold=memory_hold or power_hold,
-        power=_told([*power_hard, *saver], power_trouble, power_hold),
-        memory=_told([*memory_hard, *memory_grow], memory_trouble, memory_hold),
+        power=_told(power_hard, power_trouble, saver, power_hold),
+        memory=_told(thrashing, memory_trouble, [*memory_hard, *memory_grow], memory_hold),
     )
 
 
@@ -172,11 +173,10 @@ def _lowest(ceilings: Sequence[Ceiling]) -> Ceiling:
     return min(ceilings, key=lambda item: item.stage)
 
 
-def _told(ceilings: Sequence[Ceiling], trouble: str | None, hold: str | None) -> str | None:
-    """Return the one reason that is worth telling of several."""
-    if trouble is not None:
-        return trouble
-    return _lowest(ceilings).reason if ceilings else hold
+def _told(*reasons: Sequence[Ceiling] | str | None) -> str | None:
+    """Return the first reason that there is."""
+    first = next((item for item in reasons if item), None)
+    return first if isinstance(first, str) or first is None else _lowest(first).reason
 
 
 def _power_ceilings(elastic: ElasticSettings, cost: ModelCost, latches: Latches) -> list[Ceiling]:

@@ -53,8 +53,13 @@ class EngineProcess:
             self._options.model_dump_json(),
         ]
         with theirs:
+            # In a session of its own, so that Ctrl-C reaches the daemon only, which then drains.
             self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment()
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=environment(),
+                start_new_session=True,
             )
         self._channel = ours
         self._reader = threading.Thread(
