@@ -94,8 +94,9 @@ def convert(work: Path) -> Bundle:
     path = work / "pocket"
     shutil.rmtree(path, ignore_errors=True)
     say("nestd convert examples/pocket/checkpoint: all sizes into one bundle")
-    checkpoint = ROOT / "examples" / "pocket" / "checkpoint"
-    subprocess.run([nestd(), "convert", str(checkpoint), str(path)], check=True)
+    pocket = ROOT / "examples" / "pocket"
+    sizes = ["--submodels", str(pocket / "submodels.yaml")]
+    subprocess.run([nestd(), "convert", str(pocket / "checkpoint"), str(path), *sizes], check=True)
     return Bundle.open(path)
 
 
