@@ -1,7 +1,7 @@
 """Trains pocket with the MatFormer objective and writes checkpoint/ (bfloat16 safetensors).
 
 Every step trains the full size, the nested size and one size in between, each on its own rows, and
-adds the gradients. `--finish` goes on from checkpoint/ without the nested size, for those above it.
+adds the gradients. `--finish` goes on from checkpoint/.
 Only answer tokens have a loss, so the layers that share KV run on those positions alone: the same
 early stop the engine makes in prefill, with KV sharing as in inference.
 """
@@ -149,6 +149,8 @@ def answer_logits(model: Gemma3nForCausalLM, batch: Batch) -> torch.Tensor:
             attention_mask=mask[layer.attention_type], past_key_values=cache, use_cache=True,
         )[0]  # fmt: skip
 
+    if not cut:  # every sharing layer is skipped
+        hidden = _take(hidden, index, 1, 2)
     pairs = zip(text.altup_unembed_projections, hidden[1:], strict=True)
     merged = torch.stack([hidden[0], *_same_size(hidden[0], [p(h) for p, h in pairs])]).mean(0)
     cap = config.final_logit_softcapping
@@ -194,7 +196,7 @@ def optimizers(model: Gemma3nForCausalLM, lr: float) -> list[torch.optim.Optimiz
     ]
 
 
-def lr_factor(step: int, progress: float, warmup: int = 60) -> float:
+def lr_factor(step: int, progress: float, warmup: int = 40) -> float:
     """Linear warm-up, then cosine to zero."""
     return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * progress)))
 
@@ -248,9 +250,7 @@ def train(worker: int, options: argparse.Namespace) -> None:
         for optimizer in optims:
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * lr_factor(step, progress.item())
-        plan: dict[str, Submodel] = {"between": rng.choice(between), "full": full}
-        if not options.finish:
-            plan["nested"] = nested
+        plan: dict[str, Submodel] = {"nested": nested, "between": rng.choice(between), "full": full}
         for kind, submodel in plan.items():
             select(model, layers, submodel, nested_width)
             batch = next(stream)
