@@ -157,7 +157,7 @@ class Client:
     def _note_availability(self, received: Received) -> None:
         levels = received.topic.split("/")
         if levels[-1] == "availability":
-            event = _json_object(received.payload)
+            event = json_object(received.payload)
             self._availability[levels[-2]] = str(event.get("state"))
 
     def _subscribe(self) -> None:
@@ -185,7 +185,7 @@ class Client:
     def _answer(self, event: TransportEvent | None) -> Event | None:
         if not isinstance(event, Received) or event.topic != self._reply_topic:
             return None
-        return _json_object(event.payload)
+        return json_object(event.payload)
 
     def _next(self, deadline: float) -> TransportEvent | None:
         """Return the next event, acknowledged, or None at the deadline."""
@@ -198,7 +198,8 @@ class Client:
         return event
 
 
-def _json_object(payload: bytes) -> Event:
+def json_object(payload: bytes) -> Event:
+    """Return a JSON object, empty where the payload is none."""
     try:
         document = json.loads(payload)
     except ValueError:
