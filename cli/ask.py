@@ -137,6 +137,7 @@ def summary(done: dict[str, Any]) -> str:
         f"queue {timings['queue_ms']:.0f} ms",
         f"prefill {timings['prefill_ms']:.0f} ms",
         f"decode {timings['decode_ms']:.0f} ms",
+        *([] if done.get("joules") is None else [f"{done['joules']:.1f} J"]),
         str(done["finish_reason"]),
     ]
     return f"[{' | '.join(parts)}]"

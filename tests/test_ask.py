@@ -62,6 +62,11 @@ def test_text_streams_and_the_figures_follow(capsys: pytest.CaptureFixture[str])
     assert "full -> small from token 3 | 8 tokens | 20.0 tokens/s" in err
 
 
+def test_joules_are_told_where_the_board_can_tell(capsys: pytest.CaptureFixture[str]) -> None:
+    ask.print_text([DONE | {"joules": 4.21}])
+    assert "decode 400 ms | 4.2 J | stop" in capsys.readouterr().err
+
+
 def test_a_lost_delta_costs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     ask.print_text([delta("two"), DONE])
     assert capsys.readouterr().out == "two\none two\n"

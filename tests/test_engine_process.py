@@ -134,6 +134,29 @@ def test_a_prompt_beyond_the_context_fails_with_413s_code(engine: Engine) -> Non
     assert "shorten it" in failed.message
 
 
+def test_a_context_that_memory_has_shortened_fails_with_507s_code(engine: Engine) -> None:
+    message = ChatMessage(role="user", content="turn the light on")
+    for context_length, reason in ((32, None), (40, "length"), (4096, "length")):
+        sampling = Sampling(max_tokens=3)
+        start = Start(
+            id=str(context_length),
+            messages=(message,),
+            submodel="full",
+            sampling=sampling,
+            context_length=context_length,
+        )
+        engine.process.send(start)
+        event = engine.until(Failed, Finished)[-1]
+        if reason is None:
+            assert isinstance(event, Failed)
+            assert event.code == "insufficient_memory"
+            assert "33 tokens" in event.message
+            assert "context of 32 now" in event.message
+        else:
+            assert isinstance(event, Finished)
+            assert event.finish_reason == reason
+
+
 def test_statistics_come_when_the_engine_becomes_idle(engine: Engine) -> None:
     engine.ask("a", max_tokens=20)
     engine.finished()
