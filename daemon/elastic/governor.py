@@ -13,8 +13,8 @@ two tokens:
   runs is finished on the smallest sub-model, never broken off;
 - the engine is told the largest sub-model that may run, to hand back the memory of all beyond it.
 
-`Plan.threads` is published and not applied: ONNX Runtime's threads are those a graph was loaded
-with, and where they matter (a weak supply, heat) loading anew would draw more than it saves.
+`Plan.threads` is logged and not applied: ONNX Runtime's threads are those a graph was loaded with,
+and where they matter (a weak supply, heat) loading anew is a burst of work at the worst moment.
 """
 
 from __future__ import annotations
