@@ -115,26 +115,34 @@ def question(**fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "turn the light on"}]} | fields
 
 
+def caught(live: LiveNode, before: float, after: float) -> dict[str, Any]:
+    """Return an answer in the middle of which the pressure changed.
+
+    On a busy machine an answer may be over before its engine stands still: then once more.
+    """
+    for _ in range(10):
+        live.set_pressure(before)
+        live.wait_for_largest("nested" if before else "full")
+        events = live.client.ask(question(**LONG), PATIENCE)
+        next(e for e in events if e["event"] == "delta")
+        with live.standing_still():
+            live.set_pressure(after)
+            state = live.wait_for_largest("nested" if after else "full")
+            assert state["memory_reason"] == (OUT_OF_MEMORY if after else None)
+        done = list(events)[-1]
+        if len(done["switches"]) > 1:
+            break
+    return done
+
+
 def test_pressure_steps_a_running_answer_down_and_its_end_steps_it_up(live: LiveNode) -> None:
-    events = live.client.ask(question(**LONG), PATIENCE)
-    next(e for e in events if e["event"] == "delta")
-    with live.standing_still():
-        live.set_pressure(60)
-        state = live.wait_for_largest("nested")
-        assert state["submodel"] == "nested"
-        assert state["memory_reason"] == OUT_OF_MEMORY
-    next(e for e in events if e["event"] == "delta" and e["submodel"] == "nested")
-    with live.standing_still():
-        live.set_pressure(0)
-        live.wait_for_largest("full")
-    done = list(events)[-1]
-    assert (done["event"], done["attempt"], done["finish_reason"]) == ("done", 1, "length")
-    assert [(s["submodel"], s["reason"]) for s in done["switches"]] == [
-        ("full", NOTHING),
-        ("nested", OUT_OF_MEMORY),
-        ("full", NOTHING),
-    ]
-    assert done["joules"] > 0
+    down, up = caught(live, 0, 60), caught(live, 60, 0)
+    for done in (down, up):
+        assert (done["event"], done["attempt"], done["finish_reason"]) == ("done", 1, "length")
+        assert done["joules"] > 0
+    steps = [("full", NOTHING), ("nested", OUT_OF_MEMORY)]
+    assert [(s["submodel"], s["reason"]) for s in down["switches"]] == steps
+    assert [(s["submodel"], s["reason"]) for s in up["switches"]] == steps[::-1]
     health = live.client.control("health", {})["data"]
     assert health["watts_scope"] == "module"
     assert health["joules_per_token"] > 0
