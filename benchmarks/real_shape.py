@@ -163,20 +163,22 @@ def table(report: dict[str, Any]) -> str:
     row("conversion, peak RSS, MB", lambda b: f"{b['conversion']['peak_rss_bytes'] / 1e6:.0f}")
     for section in ("embed_tokens", "per_layer_embeddings", "decoder"):
         row(f"{section}, MB on disk", lambda b, s=section: f"{b['sections'][s] / 1e6:.0f}")
-    row("load, s", lambda b: f"{b['run']['load_seconds']:.1f}")
-    for when in ("loaded", *(f"resident after {name}" for name in SIZES)):
-        row(
-            f"{when}: RSS (anonymous + file), MB",
-            lambda b, w=when: (
-                f"{b['run'][w]['rss'] / 1e6:.0f} "
-                f"({b['run'][w]['anonymous'] / 1e6:.0f} + {b['run'][w]['file'] / 1e6:.0f})"
-            ),
-        )
+    row("prepared weights, MB on disk", lambda b: f"{b['prepared_bytes'] / 1e6:.0f}")
+    row("first start (prepares the weights), s", lambda b: f"{b['first']['load_seconds']:.1f}")
+    row("every later start, s", lambda b: f"{b['run']['load_seconds']:.1f}")
+
+    def resident(memory: dict[str, int]) -> str:
+        anonymous, file = memory["anonymous"] / 1e6, memory["file"] / 1e6
+        return f"{memory['rss'] / 1e6:.0f} ({anonymous:.0f} + {file:.0f})"
+
+    row("RSS (anonymous + file), MB: loaded", lambda b: resident(b["run"]["loaded"]))
     first = report["bundles"][widths[0]]["run"]
+    for key in first["switch"]["resident"]:
+        row(f"RSS, MB: {key}", lambda b, k=key: resident(b["run"]["switch"]["resident"][k]))
     for key in first["tokens_per_second"]:
         row(f"{key}, tokens/s", lambda b, k=key: f"{b['run']['tokens_per_second'][k]:.1f}")
-    for key in first["switch"]:
-        row(f"switch: {key}", lambda b, k=key: f"{b['run']['switch'][k]:.1f}")
+    for key in first["switch"]["milliseconds"]:
+        row(key, lambda b, k=key: f"{b['run']['switch']['milliseconds'][k]:.1f}")
     return "\n".join(lines) + "\n"
 
 

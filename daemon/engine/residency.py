@@ -1,8 +1,7 @@
 """Which pages of the mapped weights are in memory: handed back when unused, fetched when needed.
 
 ONNX Runtime maps the prepared decoder's data file privately and never writes to it, so its pages
-may be dropped at any time: the next access reads them from the file again. Dropping is advice to
-the kernel (madvise and posix_fadvise, Linux); it is exact here, because nobody else maps the file.
+may be dropped at any time: the next access takes them from the file again (madvise, Linux).
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nestd.bundle.manifest import ModelConfig, Submodel
@@ -35,28 +35,31 @@ class Residency:
         document = json.loads((prepared / PARTS).read_text(encoding="ascii"))
         self._parts = {name: [(r[0], r[1]) for r in regions] for name, regions in document.items()}
         self._mappings = list(mappings(self._data))
+        self._fetcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch-weights")
 
     def retain(self, submodel: Submodel) -> None:
-        """Drop every page that `submodel` does not need, and start to fetch those that it does."""
+        """Drop every page that `submodel` does not need, and start to fetch those that it does.
+
+        Dropped pages are the kernel's at once: clean copies of the file, which it may keep as cache
+        until somebody needs the memory. Fetching goes on in the background.
+        """
         needed = needed_parts(self._model, submodel)
-        self._drop(name for name in self._parts if name not in needed)
-        for name in needed & self._parts.keys():
-            self._advise(self._parts[name], mmap.MADV_WILLNEED)
+        for name, regions in self._parts.items():
+            if name not in needed:
+                self._advise(regions, mmap.MADV_DONTNEED)
+        wanted = [region for name in needed for region in self._parts.get(name, ())]
+        self._fetcher.submit(self._advise, wanted, mmap.MADV_WILLNEED)
 
     def drop_all(self) -> None:
-        """Drop every page: loading has touched them all, running will touch those that it needs."""
+        """Drop every page: loading has touched them all, running will touch those that it needs.
+
+        The originals are never read again, so they leave the kernel's cache too.
+        """
         for regions in self._parts.values():
             self._advise(regions, mmap.MADV_DONTNEED)
-        self._drop([ORIGINALS])
-
-    def _drop(self, names: Iterable[str]) -> None:
         with self._data.open("rb") as file:
-            for name in names:
-                regions = self._parts.get(name, [])
-                self._advise(regions, mmap.MADV_DONTNEED)
-                # The page cache lets go as well, so that the memory is free, not just cached.
-                for offset, length in regions:
-                    os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_DONTNEED)
+            for offset, length in self._parts.get(ORIGINALS, ()):
+                os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_DONTNEED)
 
     def _advise(self, regions: Iterable[Region], advice: int) -> None:
         for offset, length in regions:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 
-SUBMODELS_FILE: Final = Path(__file__).parent / "submodels.yaml"
+SUBMODELS_FILE: Final = Path(__file__).parent / "checkpoint" / "submodels.yaml"
 LAYERS: Final = 10
 
 
