@@ -183,9 +183,6 @@ def test_any_ids_stream_to_what_decoding_the_whole_gives(prompt: Prompt, ids: li
     assert "".join(pieces) == shown == prompt.tokenizer.decode(ids)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="tokenizers' DecodeStream raises on byte tokens that are no UTF-8"
-)
 @given(st.lists(st.one_of(BYTES, WORDS), max_size=12))
 @settings(max_examples=500, deadline=None)
 def test_bytes_that_are_no_text_become_replacements_and_harm_nothing_else(

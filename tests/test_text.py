@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny import byte_tokenizer
+from tokenizers import Tokenizer, decoders, models
 
 from nestd.daemon.engine.text import StreamingText
 
@@ -82,3 +83,32 @@ def test_no_stop_string_is_ever_shown(text: str, stops: list[str]) -> None:
 def test_special_tokens_do_not_appear() -> None:
     result = StreamingText(TOKENIZER, ())
     assert result.push(4) + result.push(TOKENIZER.token_to_id("a")) + result.finish() == "a"
+
+
+def fallback_tokenizer() -> Tokenizer:
+    """Return a tokenizer with byte fallback, as Gemma's is: ids 0 to 255 bytes, 256 the word."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"word": 256}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+FALLBACK = fallback_tokenizer()
+
+
+@given(st.lists(st.integers(0, 256), max_size=12))
+@settings(max_examples=500, deadline=None)
+def test_bytes_that_are_no_text_harm_nothing_else(ids: list[int]) -> None:
+    """tokenizers' DecodeStream raises on them, which would end the engine."""
+    result = StreamingText(FALLBACK, ())
+    shown = "".join([*(result.push(token) for token in ids), result.finish()])
+    assert shown == result.text
+    whole = FALLBACK.decode(ids)
+    if "\ufffd" not in whole:
+        assert shown == whole
+    assert shown.count("word") >= ids.count(256)
+
+
+def test_a_character_of_fallback_bytes_appears_at_once_with_its_last_byte() -> None:
+    result = StreamingText(FALLBACK, ())
+    assert [result.push(byte) for byte in "é€".encode()] == ["", "é", "", "", "€"]

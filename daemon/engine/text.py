@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+REPLACEMENT = "\ufffd"  # what a decoder makes of bytes that are no text, or not yet
 
 
 class StreamingText:
     """The text of one answer.
+
+    Bytes that never become text appear as U+FFFD. What was shown stays shown, so where a run of
+    bytes turns out broken in its middle there may be fewer of them than in the decoded whole.
 
     Attributes:
         text: what may be shown so far.
@@ -18,30 +22,35 @@ class StreamingText:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)
         self._held = ""  # may be the beginning of a stop string
-        self._ids: list[int] = []
+        # The last ids that were shown, and those that are not: a decoder may treat the first id of
+        # a text in a way of its own, so new ids are decoded behind some that are known.
+        self._shown_ids: list[int] = []
+        self._new_ids: list[int] = []
         self.text = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
         """Take the next token; return the text that it makes certain, "" if none."""
-        self._ids.append(token)
-        # DecodeStream keeps the bytes of an unfinished character back.
-        return self._show(self._stream.step(self._tokenizer, token) or "", last=False)
+        self._new_ids.append(token)
+        # tokenizers' DecodeStream would do the same, but raises on bytes that are no text.
+        piece = self._new_text()
+        if not piece or piece.endswith(REPLACEMENT):
+            return ""  # a character that is not whole yet, or a special token
+        self._shown_ids, self._new_ids = self._new_ids, []
+        return self._show(piece, last=False)
 
     def finish(self) -> str:
-        """Return the text held back: the answer has ended, so it cannot become a stop string.
+        """Return the text held back: the answer has ended, so it cannot become a stop string."""
+        return "" if self.stopped else self._show(self._new_text(), last=True)
 
-        Bytes of a character that never ended appear as U+FFFD.
-        """
-        if self.stopped:
-            return ""
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        shown = self.text + self._held
-        rest = whole[len(shown) :] if whole.startswith(shown) else ""
-        return self._show(rest, last=True)
+    def _new_text(self) -> str:
+        known = self._tokenizer.decode(self._shown_ids, skip_special_tokens=True)
+        whole: str = self._tokenizer.decode(
+            self._shown_ids + self._new_ids, skip_special_tokens=True
+        )
+        return whole[len(known) :]
 
     def _show(self, piece: str, last: bool) -> str:
         pending = self._held + piece
