@@ -95,13 +95,14 @@ class Worker:
 
     def stats(self) -> Stats:
         """Return memory and speed now; None where nothing has run yet."""
-        memory = psutil.Process().memory_full_info()
+        # Not memory_full_info(): it walks every page of the mapped weights.
+        memory = psutil.Process().memory_info()
         if self._running is not None:
             self._measure(self._running[1])
         prefill, decode = self._rates
         return Stats(
             rss_bytes=memory.rss,
-            private_bytes=memory.uss,
+            private_bytes=memory.rss - memory.shared,
             decode_tokens_per_second=decode,
             prefill_tokens_per_second=prefill,
             submodel=self.submodel,
