@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from support.tiny import write_checkpoint
 
@@ -20,6 +21,7 @@ from nestd.daemon.engine import prepare
 from nestd.daemon.engine.graphs import Graphs
 from nestd.daemon.engine.messages import EngineOptions
 from nestd.daemon.engine.residency import needed_parts
+from nestd.daemon.engine.sessions import load_graph
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +159,22 @@ def test_preparing_is_announced(
     with caplog.at_level(logging.INFO):
         prepare.prepared_decoder(bundle, tmp_path, 1)
     assert "preparing weights for this CPU" in caplog.text
+
+
+def private_bytes() -> int:
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - memory.shared)
+
+
+def test_the_per_layer_embeddings_stay_on_storage(tmp_path: Path) -> None:
+    """A table of 100 MB costs next to no private memory, loaded and read."""
+    changes = {"vocab_size_per_layer_input": 300_000, "hidden_size_per_layer_input": 32}
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", **changes)
+    bundle = convert(str(checkpoint), tmp_path / "b", ConvertOptions(), io.StringIO())
+    shutil.rmtree(checkpoint)
+    assert bundle.manifest.sections["per_layer_embeddings"] > 96e6
+    before = private_bytes()
+    table = load_graph(bundle.file("per_layer_embeddings.onnx"), 1)
+    ids = np.random.default_rng(0).integers(0, 300_000, (1, 512))
+    table.run(None, {"input_ids": ids})
+    assert private_bytes() - before < 20e6
