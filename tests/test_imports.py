@@ -25,7 +25,7 @@ ARROWS = {
 # Each has one owner, a file in this folder.
 OWNERS = {"onnxruntime": "daemon/engine", "paho": "daemon/mqtt"}
 # Imported inside functions that say what to install where they are missing; and what pydantic pins.
-OPTIONAL = {"huggingface-hub", "kagglehub", "pydantic-core"}
+OPTIONAL = {"av", "huggingface-hub", "kagglehub", "pydantic-core"}
 HEAVY = ("torch", "torchvision", "transformers", "optimum", "timm", "huggingface_hub")
 FILES = sorted(file for package in ARROWS for file in (ROOT / package).rglob("*.py"))
 
