@@ -181,7 +181,8 @@ def check(
 def broken(medium: str, error: Exception) -> UnsupportedMedia:
     """Return the error for a `medium` ("JPEG picture") whose decoder raised `error`."""
     # Libraries name the object that they read from, with its address in memory.
-    reason = re.sub(r"(: )?'?<[^<>]*>'?|^Error opening |^\[Errno \d+\] ", "", str(error)).strip(" .:") or type(error).__name__
+    noise = r"(: )?'?<[^<>]*>'?|^Error opening |^\[Errno \d+\] "
+    reason = re.sub(noise, "", str(error)).strip(" .:") or type(error).__name__
     return UnsupportedMedia(
         f"the {medium} is broken or cut short ({reason[:200]}): send it again whole"
     )
