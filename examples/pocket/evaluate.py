@@ -24,7 +24,7 @@ from torch import nn
 from transformers import DynamicCache, Gemma3nForCausalLM
 
 RESULTS: Final = Path(__file__).parent / "results.json"
-HELD_OUT_SEED: Final = 9001
+HELD_OUT_SEED: Final = 9002
 MAX_NEW_TOKENS: Final = 96
 
 

@@ -64,9 +64,11 @@ def main() -> None:
     content = json.loads(RESULTS.read_text(encoding="utf-8"))
     samples = list(islice(examples("heldout", content["seed"]), content["examples"]))
     for bits in args.bits:
-        for name, score in evaluate(bits, samples).items():
-            row = next(row for row in content["rows"] if row["submodel"] == name)
-            row[f"nestd_{bits}_bit_exact_match_percent"] = score
+        scores = evaluate(bits, samples)
+        # Read again: another width may have been measured meanwhile.
+        content = json.loads(RESULTS.read_text(encoding="utf-8"))
+        for row in content["rows"]:
+            row[f"nestd_{bits}_bit_exact_match_percent"] = scores[row["submodel"]]
         RESULTS.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
