@@ -10,7 +10,8 @@ import ctypes
 import json
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,8 +34,13 @@ class Residency:
         self._model = model
         self._data = prepared / DATA
         document = json.loads((prepared / PARTS).read_text(encoding="ascii"))
-        self._parts = {name: [(r[0], r[1]) for r in regions] for name, regions in document.items()}
-        self._mappings = list(mappings(self._data))
+        self._originals = [(offset, length) for offset, length in document[ORIGINALS]]
+        mapped = sorted(mappings(self._data), key=lambda item: item[2])
+        # Looked up once: there are a thousand regions and as many mappings.
+        self._ranges = {
+            name: [part for region in regions for part in addresses(region, mapped)]
+            for name, regions in document.items()
+        }
         self._fetcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch-weights")
 
     def retain(self, submodel: Submodel) -> None:
@@ -44,30 +50,23 @@ class Residency:
         until somebody needs the memory. Fetching goes on in the background.
         """
         needed = needed_parts(self._model, submodel)
-        for name, regions in self._parts.items():
-            if name not in needed:
-                self._advise(regions, mmap.MADV_DONTNEED)
-        wanted = [region for name in needed for region in self._parts.get(name, ())]
-        self._fetcher.submit(self._advise, wanted, mmap.MADV_WILLNEED)
+        self._advise(self._ranges.keys() - needed, mmap.MADV_DONTNEED)
+        self._fetcher.submit(self._advise, needed & self._ranges.keys(), mmap.MADV_WILLNEED)
 
     def drop_all(self) -> None:
         """Drop every page: loading has touched them all, running will touch those that it needs.
 
         The originals are never read again, so they leave the kernel's cache too.
         """
-        for regions in self._parts.values():
-            self._advise(regions, mmap.MADV_DONTNEED)
+        self._advise(self._ranges, mmap.MADV_DONTNEED)
         with self._data.open("rb") as file:
-            for offset, length in self._parts.get(ORIGINALS, ()):
+            for offset, length in self._originals:
                 os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_DONTNEED)
 
-    def _advise(self, regions: Iterable[Region], advice: int) -> None:
-        for offset, length in regions:
-            for start, size, file_offset in self._mappings:
-                first = max(offset, file_offset)
-                last = min(offset + length, file_offset + size)
-                if first < last:
-                    advise(start + first - file_offset, last - first, advice)
+    def _advise(self, names: Iterable[str], advice: int) -> None:
+        for name in names:
+            for address, length in self._ranges[name]:
+                advise(address, length, advice)
 
 
 def needed_parts(model: ModelConfig, submodel: Submodel) -> set[str]:
@@ -75,6 +74,21 @@ def needed_parts(model: ModelConfig, submodel: Submodel) -> set[str]:
     kept = set(range(model.num_layers)) - set(submodel.skipped_layers)
     layers = {f"layers.{layer}" for layer in kept}
     return {"common", *layers, *(f"layers.{layer}.wide" for layer in submodel.wide_layers)}
+
+
+def addresses(region: Region, mapped: Sequence[tuple[int, int, int]]) -> Iterator[Region]:
+    """Yield (address, bytes) where the `region` of a file lies in memory.
+
+    `mapped` holds (address, bytes, file offset), ascending by offset. A page may be mapped by two
+    neighbours, so more than one mapping may hold the end of a region.
+    """
+    offset, length = region
+    last = bisect_left(mapped, offset + length, key=lambda item: item[2])
+    for start, size, file_offset in reversed(mapped[:last]):
+        if file_offset + size <= offset:
+            break
+        first = max(offset, file_offset)
+        yield start + first - file_offset, min(offset + length, file_offset + size) - first
 
 
 def mappings(path: Path) -> Iterator[tuple[int, int, int]]:
