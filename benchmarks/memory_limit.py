@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--limit", type=float, default=3.5, help="GiB")
-    parser.add_argument("--eat", type=float, default=1.1, help="GiB that the second process takes")
+    parser.add_argument("--eat", type=float, default=0.75, help="GiB that the second process takes")
     parser.add_argument("--requests", type=int, default=100)
     parser.add_argument("--pause", type=float, default=0.2, help="seconds between two requests")
     parser.add_argument("--patience", type=float, default=150.0, help="seconds of calm at the end")

@@ -116,7 +116,11 @@ def broker(work: Path) -> Iterator[int]:
     mosquitto = shutil.which("mosquitto", path="/usr/local/sbin:/usr/sbin:/usr/bin:/usr/local/bin")
     if mosquitto:
         say(f"starting Mosquitto on port {port}")
-        with running([mosquitto, "-p", str(port)], work / "broker.log"):
+        config = work / "mosquitto.conf"
+        config.write_text(
+            f"listener {port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\n"
+        )
+        with running([mosquitto, "-c", str(config)], work / "broker.log"):
             wait_for_port(port)
             yield port
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -191,3 +192,9 @@ def test_a_bundle_that_is_missing_is_one_clear_sentence(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "nestd convert" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_small_messages_do_not_wait_for_delayed_acknowledgements(client: Client) -> None:
+    """With Nagle's algorithm a control message behind a delta took 40 ms."""
+    sock = client._transport._client.socket()  # type: ignore[attr-defined]
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -91,6 +91,7 @@ class PahoTransport:
         self._client.on_disconnect = self._on_disconnect
         self._client.on_message = self._on_message
         self._client.on_publish = self._on_publish
+        self._client.on_socket_open = _send_at_once
         self._client.on_socket_register_write = self._on_want_write
         self._emit: Callable[[TransportEvent], None] = _drop
         self._stopping = threading.Event()
@@ -362,6 +363,11 @@ def _received(message: MQTTMessage, topic: str, connection: int) -> Received:
         response_topic=getattr(properties, "ResponseTopic", None),
         user_properties=tuple(getattr(properties, "UserProperty", ())),
     )
+
+
+def _send_at_once(_client: object, _userdata: object, sock: Any) -> None:  # noqa: ANN401  (paho)
+    """Turn Nagle's algorithm off: a small message would wait up to 40 ms for a delayed ACK."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _properties(message: Message, packet_type: int) -> Properties:
