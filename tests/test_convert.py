@@ -26,7 +26,6 @@ from nestd.cli.main import main
 from nestd.conversion.convert import ConvertOptions, convert
 from nestd.conversion.costs import effective_params
 from nestd.conversion.model_config import read_model_config
-from nestd.conversion.quantize import block_for, dequantize, quantize
 
 
 def run(checkpoint: Path, destination: Path, options: ConvertOptions | None = None) -> Bundle:
@@ -346,28 +345,6 @@ def test_decoder_bytes_of_submodels_add_up_to_the_file(tiny_bundle: Bundle) -> N
     assert manifest.submodel("full").decoder_bytes == whole
     sizes = [item.decoder_bytes for item in manifest.submodels]
     assert sizes == sorted(set(sizes))
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("block", [16, 32, 128])
-def test_quantisation_error_stays_within_half_a_step(bits: int, block: int) -> None:
-    weights = np.random.default_rng(0).standard_normal((7, 256)).astype(np.float32)
-    weights[3, :block] = 0
-    packed, scales = quantize(weights, bits, block)
-    error = np.abs(dequantize(packed, scales, bits) - weights).reshape(7, -1, block)
-    # At 4 bits the far end of the range has one level less, so its error may be a whole step.
-    limit = np.abs(scales)[..., None] * (0.5 if bits == 8 else 1.0)
-    assert (error <= limit + 1e-6).all()
-    assert not dequantize(packed, scales, bits)[3, :block].any()
-
-
-@pytest.mark.parametrize(
-    ("columns", "wanted", "block"), [(256, 128, 128), (96, 128, 32), (48, 32, 16), (24, 32, None)]
-)
-def test_the_largest_block_that_divides_a_row_is_taken(
-    columns: int, wanted: int, block: int | None
-) -> None:
-    assert block_for(columns, wanted) == block
 
 
 def test_a_block_size_that_onnx_runtime_refuses_is_an_error(
