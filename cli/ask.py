@@ -9,9 +9,9 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from nestd.cli.arguments import add_broker, add_config, client_transport
 from nestd.cli.main import Subparsers
 
 
@@ -41,22 +41,16 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         "--timeout", type=float, default=300.0, metavar="S", help="give up after S seconds"
     )
     parser.add_argument("--node", help="which node; default: this host's, or the only one")
-    parser.add_argument("--host", help="the MQTT broker")
-    parser.add_argument("--port", type=int, help="the broker's port")
-    parser.add_argument("--config", type=Path, help="instead of /etc/nestd/nestd.yaml")
+    add_broker(parser)
+    add_config(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Ask, print, and return the exit status."""
-    from nestd.cli.client import Client, Due, new_client_id
-    from nestd.daemon.config import load_settings
-    from nestd.daemon.mqtt.connect import client_options
-    from nestd.daemon.mqtt.transport import PahoTransport
+    from nestd.cli.client import Client, Due
 
-    settings = load_settings(args.config, None, {"mqtt.host": args.host, "mqtt.port": args.port})
-    client_id = new_client_id()
-    transport = PahoTransport(client_options(settings, client_id))
+    settings, client_id, transport = client_transport(args)
     client = Client(transport, client_id, settings.mqtt.prefix)
     later = () if args.cancel_after is None else (Due(args.cancel_after, "cancel", {}),)
     try:

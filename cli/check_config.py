@@ -5,22 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nestd.cli.arguments import add_assignments, add_config, add_profile
 from nestd.cli.main import Subparsers
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     """Add `nestd check-config`."""
     parser = subparsers.add_parser("check-config", help=__doc__, description=__doc__)
-    parser.add_argument("--config", type=Path, help="instead of /etc/nestd/nestd.yaml")
-    parser.add_argument("--profile", help="a device profile's name or path; default: detected")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="settings",
-        help="override one value, for example mqtt.host=broker.lan",
-    )
+    add_config(parser)
+    add_profile(parser)
+    add_assignments(parser, "mqtt.host=broker.lan")
     parser.add_argument(
         "--root",
         type=Path,

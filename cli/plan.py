@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nestd.cli.arguments import add_config, add_profile
 from nestd.cli.main import Subparsers
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         "replace what it says; with --profile only the options count.",
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
-    parser.add_argument("--config", type=Path, help="instead of /etc/nestd/nestd.yaml")
-    parser.add_argument("--profile", help="a device profile's name or path; default: detected")
+    add_config(parser)
+    add_profile(parser)
     parser.add_argument("--memory", metavar="SIZE", help="memory that is free, for example 3G")
     parser.add_argument("--battery", type=float, metavar="PERCENT", help="discharging, charged so")
     parser.add_argument("--temperature", type=float, metavar="CELSIUS")

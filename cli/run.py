@@ -6,26 +6,19 @@ import argparse
 import logging
 from pathlib import Path
 
+from nestd.cli.arguments import add_assignments, add_broker, add_config, add_profile
 from nestd.cli.main import Subparsers
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     """Add `nestd run`."""
     parser = subparsers.add_parser("run", help=__doc__, description=__doc__)
-    parser.add_argument("--config", type=Path, help="instead of /etc/nestd/nestd.yaml")
-    parser.add_argument("--profile", help="a device profile's name or path; default: detected")
+    add_config(parser)
+    add_profile(parser)
     parser.add_argument("--bundle", type=Path, help="the bundle directory")
-    parser.add_argument("--host", help="the MQTT broker")
-    parser.add_argument("--port", type=int, help="the broker's port")
+    add_broker(parser)
     parser.add_argument("--node", help="this node's name in topics; default: the host name")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="settings",
-        help="override one value, for example limits.queue=4",
-    )
+    add_assignments(parser, "limits.queue=4")
     return parser
 
 

@@ -12,10 +12,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
+from nestd.cli.arguments import add_broker, add_config, client_transport
 from nestd.cli.main import Subparsers
 
 if TYPE_CHECKING:
@@ -37,22 +37,14 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "--once", action="store_true", help="print one frame and end, as without a terminal"
     )
-    parser.add_argument("--host", help="the MQTT broker")
-    parser.add_argument("--port", type=int, help="the broker's port")
-    parser.add_argument("--config", type=Path, help="instead of /etc/nestd/nestd.yaml")
+    add_broker(parser)
+    add_config(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Watch until Ctrl-C."""
-    from nestd.cli.client import new_client_id
-    from nestd.daemon.config import load_settings
-    from nestd.daemon.mqtt.connect import client_options
-    from nestd.daemon.mqtt.transport import PahoTransport
-
-    settings = load_settings(args.config, None, {"mqtt.host": args.host, "mqtt.port": args.port})
-    client_id = new_client_id()
-    transport = PahoTransport(client_options(settings, client_id))
+    settings, client_id, transport = client_transport(args)
     watcher = Watcher(transport, client_id, settings.mqtt.prefix, frozenset(args.nodes))
     try:
         watcher.connect()

@@ -37,9 +37,3 @@ class KVCache:
     def room(self) -> int:
         """Tokens that still fit."""
         return self.capacity - self.length
-
-    def truncate(self, length: int) -> None:
-        """Forget everything behind the first `length` tokens."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
-        self.length = length

@@ -1,0 +1,57 @@
+"""Arguments that several commands share: configuration, single settings, and the broker."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # `nestd --help` stays quick
+    from nestd.daemon.config import Settings
+    from nestd.daemon.mqtt.transport import PahoTransport
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add --config."""
+    parser.add_argument("--config", type=Path, help="instead of /etc/nestd/nestd.yaml")
+
+
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """Add --profile."""
+    parser.add_argument("--profile", help="a device profile's name or path; default: detected")
+
+
+def add_assignments(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add --set, which leaves a list in `args.settings`."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help=f"override one value, for example {example}",
+    )
+
+
+def add_broker(parser: argparse.ArgumentParser) -> None:
+    """Add --host and --port."""
+    parser.add_argument("--host", help="the MQTT broker")
+    parser.add_argument("--port", type=int, help="the broker's port")
+
+
+def client_transport(args: argparse.Namespace) -> tuple[Settings, str, PahoTransport]:
+    """Return the settings, a client id of its own and a transport, not connected yet.
+
+    `args` come from a parser with `add_broker` and `add_config`.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+    """
+    from nestd.cli.client import new_client_id
+    from nestd.daemon.config import load_settings
+    from nestd.daemon.mqtt.connect import client_options
+    from nestd.daemon.mqtt.transport import PahoTransport
+
+    settings = load_settings(args.config, None, {"mqtt.host": args.host, "mqtt.port": args.port})
+    client_id = new_client_id()
+    return settings, client_id, PahoTransport(client_options(settings, client_id))
