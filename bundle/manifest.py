@@ -125,6 +125,38 @@ class Tokens(_Strict):
     pad: int
 
 
+class SoftTokens(_Strict):
+    """How the media of one modality stand in a prompt.
+
+    A medium is `begin`, then `count` times `soft_token`, then `end`. The positions of `soft_token`
+    get the encoder's rows instead of embeddings of tokens; any other id from `first_hard_id` on
+    gets its row of the file `{modality}_hard_embeddings.npy` (float32 [hard_ids, hidden_size]).
+    """
+
+    begin: int
+    soft_token: int
+    end: int
+    count: Positive
+    first_hard_id: int
+    hard_ids: Positive
+
+    @model_validator(mode="after")
+    def _check(self) -> SoftTokens:
+        if self.soft_token not in range(self.first_hard_id, self.first_hard_id + self.hard_ids):
+            raise ValueError("soft_token lies outside the hard embeddings")
+        return self
+
+
+class VisionConfig(SoftTokens):
+    """Pictures; there is a graph `vision_encoder_{size}.onnx` for each of `sizes`, in pixels."""
+
+    sizes: Annotated[tuple[Positive, ...], Field(min_length=1)]
+
+
+class AudioConfig(SoftTokens):
+    """Clips of at most 30 s; a shorter one is filled up with the row of the last hard id."""
+
+
 class GenerationDefaults(_Strict):
     """The checkpoint's own sampling defaults, from generation_config.json."""
 
@@ -147,7 +179,7 @@ class Manifest(_Strict):
 
     `sections` maps a graph's name to the bytes of its weights; `submodels` is ordered from the
     smallest to the largest; `minimum_ram_bytes` is what the smallest sub-model needs at 4k context
-    with the weights mapped.
+    with the weights mapped. `vision` and `audio` are there when their encoders are.
     """
 
     format_version: Literal[1]
@@ -162,6 +194,8 @@ class Manifest(_Strict):
     generation: GenerationDefaults
     minimum_ram_bytes: Positive
     files: dict[str, BundleFile]
+    vision: VisionConfig | None = None
+    audio: AudioConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
@@ -170,6 +204,9 @@ class Manifest(_Strict):
                 check_slice(submodel.slice, self.model.num_layers, self.model.num_kv_shared_layers)
             except BundleError as error:
                 raise ValueError(str(error)) from error
+        present = {"text": True, "vision": self.vision, "audio": self.audio}
+        if self.modalities != tuple(name for name, config in present.items() if config):
+            raise ValueError(f"modalities {self.modalities} and the encoders' configs disagree")
         for name in self.files:
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts:

@@ -11,6 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from nestd.bundle.manifest import Modality
+from nestd.daemon.prompt.media import MediaLimits
+
 Role = Literal["system", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -28,12 +31,16 @@ class EngineOptions(_Message):
         prefill_chunk: prompt tokens per prefill step; a cancel or switch waits for one chunk.
         prepared_directory: where weights prepared for this CPU are kept and mapped from; None keeps
             the weights in private memory.
+        media: what one picture, clip or film may be.
+        feature_cache_bytes: encoded media that are kept for the next request with the same bytes.
     """
 
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     context_length: Annotated[int, Field(ge=16, le=131072)] = 4096
     prefill_chunk: Annotated[int, Field(ge=1, le=4096)] = 128
     prepared_directory: Path | None = None
+    media: MediaLimits = MediaLimits()
+    feature_cache_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
 
 
 class Sampling(_Message):
@@ -48,11 +55,37 @@ class Sampling(_Message):
     stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = ()
 
 
+class TextContent(_Message):
+    """A piece of text."""
+
+    type: Literal["text"] = "text"
+    text: str
+
+
+class MediaContent(_Message):
+    """An encoded picture, clip or film in a file that stays there until the request has ended.
+
+    Attributes:
+        sha256: of the file; what was computed for the same bytes is used again.
+        content_type: what its sender says it is, checked against the bytes.
+        size: pixels of the square that a picture or frame is scaled to; one that the bundle has.
+    """
+
+    type: Literal["image", "audio", "video"]
+    path: Path
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    content_type: str | None = None
+    size: Annotated[int, Field(gt=0)] | None = None
+
+
+Content = Annotated[TextContent | MediaContent, Field(discriminator="type")]
+
+
 class ChatMessage(_Message):
     """One turn of the conversation, as the chat template takes it."""
 
     role: Role
-    content: str
+    content: str | tuple[Content, ...]
 
 
 # Commands: daemon -> engine
@@ -96,6 +129,17 @@ class Retain(_Message):
 
     kind: Literal["retain"] = "retain"
     submodel: str
+
+
+class KeepEncoders(_Message):
+    """Unload every encoder that is not in `keep`; one that runs now, when it has finished.
+
+    Encoders load by themselves when a request needs them; those in `load` load now.
+    """
+
+    kind: Literal["keep_encoders"] = "keep_encoders"
+    keep: tuple[Modality, ...]
+    load: tuple[Modality, ...] = ()
 
 
 class Stop(_Message):
@@ -170,7 +214,10 @@ class LoadFailed(_Message):
 
 
 class Stats(_Message):
-    """Sent about once a second while the engine works and once after it has become idle."""
+    """Sent about once a second while the engine works and once after it has become idle.
+
+    Also when an encoder has been loaded or unloaded; `encoders` are those loaded now.
+    """
 
     kind: Literal["stats"] = "stats"
     rss_bytes: int
@@ -178,6 +225,7 @@ class Stats(_Message):
     decode_tokens_per_second: float | None
     prefill_tokens_per_second: float | None
     submodel: str | None
+    encoders: tuple[Modality, ...] = ()
 
 
 class Exited(_Message):
@@ -187,7 +235,9 @@ class Exited(_Message):
     returncode: int
 
 
-Command = Annotated[Start | Cancel | SetSubmodel | Retain | Stop, Field(discriminator="kind")]
+Command = Annotated[
+    Start | Cancel | SetSubmodel | Retain | KeepEncoders | Stop, Field(discriminator="kind")
+]
 Event = Annotated[
     Ready | Delta | Finished | Failed | LoadFailed | Stats | Exited, Field(discriminator="kind")
 ]
