@@ -24,6 +24,7 @@ from nestd.daemon.delivery import Delivery
 from nestd.daemon.dispatch import Dispatch
 from nestd.daemon.elastic.governor import Board, Governor
 from nestd.daemon.elastic.resources import Sampler
+from nestd.daemon.home_assistant import HomeAssistant
 from nestd.daemon.intake import Intake, IntakeRules
 from nestd.daemon.mqtt.packets import (
     Connected,
@@ -146,6 +147,13 @@ class Daemon:
             parts.config,
             self._clock(),
         )
+        self._home_assistant = HomeAssistant(
+            settings.home_assistant,
+            self.topics,
+            manifest,
+            settings.elastic.memory.pressure_percent,
+            self._transport,
+        )
         self._control = Control(
             self.topics,
             limits,
@@ -256,6 +264,7 @@ class Daemon:
         self.delivery.send_waiting()
         if self._online:
             self.status.tick(now)
+            self._home_assistant.tick(self._governor.snapshot)
         phase, reason = self.status.phase()
         self._notifier.status(phase if reason is None else f"{phase}: {reason}")
         self._notifier.alive(now)
@@ -273,6 +282,8 @@ class Daemon:
             self._intake.take(received, now)
         elif verb is not None:
             self._control.take(received, verb, now)
+        else:
+            self._home_assistant.hear(received)
 
     def _connected(self, event: Connected, now: float) -> None:
         self._online = True
@@ -293,10 +304,12 @@ class Daemon:
                 Subscription(generate, 1),
                 *(Subscription(self.topics.request(verb), 0) for verb in CONTROL_VERBS),
                 Subscription(self.topics.availability, 0),
+                *self._home_assistant.subscriptions(),
             ]
         )
         self._presence.connected(self._transport, event.connection)
         self.status.announce(now)
+        self._home_assistant.connected()
         self.delivery.connected(event.connection)
 
     def _take_in(self, event: TransportEvent) -> None:

@@ -130,6 +130,23 @@ class MqttSettings(Section):
         return self
 
 
+class HomeAssistantSettings(Section):
+    """Home Assistant's MQTT discovery.
+
+    Attributes:
+        prefix: where Home Assistant looks for discovery messages.
+        status_topic: where Home Assistant says `online` when it has started.
+    """
+
+    enabled: bool = False
+    prefix: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_prefix)] = (
+        "homeassistant"
+    )
+    status_topic: Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_prefix)] = (
+        "homeassistant/status"
+    )
+
+
 class EngineSettings(Section):
     """How the engine loads the bundle; see `EngineOptions` for the limits."""
 
@@ -332,6 +349,7 @@ class Settings(Section):
     bundle: Path | None = None
     sysroot: Path = Path("/")
     mqtt: MqttSettings = MqttSettings()
+    home_assistant: HomeAssistantSettings = HomeAssistantSettings()
     engine: EngineSettings
     weights: Literal["mapped", "resident"]
     state_directory: Path | None = None

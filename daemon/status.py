@@ -133,6 +133,7 @@ class Status:
             phase_reason=reason,
             submodel=choice.value,
             submodel_reason=choice.reason,
+            submodel_wanted=self._governor.wanted,
             largest=plan.largest.value,
             largest_reason=plan.largest.reason,
             context_length=plan.context_length.value,

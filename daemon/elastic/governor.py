@@ -110,6 +110,11 @@ class Governor:
         return self._state.bounds
 
     @property
+    def wanted(self) -> str:
+        """The sub-model that the owner has set, or `auto`."""
+        return self._owner
+
+    @property
     def joules_per_token(self) -> float | None:
         """Of the last answers; None where the board cannot tell."""
         return self._energy.joules_per_token

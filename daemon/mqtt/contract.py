@@ -244,7 +244,8 @@ class State(_Model):
     """What the node does now, and why; a reason that does not apply is null.
 
     `submodel` is what the running answer runs on, or what a request without a wish would;
-    `largest` is the largest that any request may run on, null while requests are refused.
+    `submodel_wanted` is what the owner has set, `auto` or a name; `largest` is the largest that any
+    request may run on, null while requests are refused.
     `power_reason` (battery, supply, heat, watts) and `memory_reason` say what stands against the
     largest sub-model, whether or not it is what binds now.
     """
@@ -253,6 +254,7 @@ class State(_Model):
     phase_reason: str | None
     submodel: str | None
     submodel_reason: str
+    submodel_wanted: str
     largest: str | None
     largest_reason: str
     context_length: int
