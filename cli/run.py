@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from nestd.bundle.manifest import Bundle
     from nestd.daemon.config import explain_settings, parse_assignments
     from nestd.daemon.engine.process import EngineProcess
+    from nestd.daemon.logs import configure
     from nestd.daemon.mqtt.connect import node_options
     from nestd.daemon.mqtt.transport import PahoTransport
     from nestd.daemon.service import Daemon, Parts
@@ -46,9 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "no bundle is named: use --bundle DIRECTORY, or `bundle:` in the configuration file"
         )
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
-    )
+    configure(settings.log_level, settings.log_format)
     bundle = Bundle.open(settings.bundle)
     options = settings.engine_options()
     mqtt_options = node_options(settings)

@@ -27,6 +27,7 @@ from nestd.daemon.engine.messages import (
     Stats,
 )
 from nestd.daemon.intake import Intake
+from nestd.daemon.logs import about
 from nestd.daemon.mqtt.parse import chat_messages
 from nestd.daemon.replies import Replies
 from nestd.daemon.requests import RequestBook, RequestRecord
@@ -169,7 +170,12 @@ class Dispatch:
                 )
                 self._replies.error(record, Internal(sentence))
             else:
-                log.warning("request %s runs again: attempt %d", record.id, record.attempt + 1)
+                log.warning(
+                    "request %s runs again: attempt %d",
+                    record.id,
+                    record.attempt + 1,
+                    extra=about(record.id),
+                )
                 self._book.wait_again(record)
                 self._replies.accepted(record)
         if self._supervisor.degraded is not None:

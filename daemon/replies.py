@@ -15,6 +15,7 @@ from nestd.bundle.errors import Expired, RequestError, TooLarge
 from nestd.daemon.delivery import Delivery, Final
 from nestd.daemon.engine.messages import Delta as EngineDelta
 from nestd.daemon.engine.messages import Finished
+from nestd.daemon.logs import about
 from nestd.daemon.mqtt import contract
 from nestd.daemon.mqtt.packets import Message, Transport
 from nestd.daemon.mqtt.parse import JSON_TYPE
@@ -99,6 +100,14 @@ class Replies:
             return
         self.counters["done"] += 1
         self.counters["completion_tokens"] += finished.completion_tokens
+        log.info(
+            "request %s is done: %d tokens on %s in %.0f ms",
+            record.id,
+            finished.completion_tokens,
+            event.submodel,
+            (now - record.arrived) * 1000,
+            extra=about(record.id),
+        )
         self._end(record, message)
 
     def error(self, record: RequestRecord, error: RequestError) -> None:
@@ -108,7 +117,8 @@ class Replies:
         """
         record.refused = record.refused or error.retry_after_ms is not None
         self._count(error)
-        log.info("request %s ends with %s: %s", record.id, error.code, error)
+        sentence = "request %s ends with %s: %s"
+        log.info(sentence, record.id, error.code, error, extra=about(record.id))
         event = _error(record.id, record.attempt, record.next_seq(), error)
         self._end(record, _message(event, record.reply_to, expiry=ERROR_EXPIRY_SECONDS))
 
@@ -122,7 +132,8 @@ class Replies:
     ) -> None:
         """Like `refuse`, but leave the book alone: the id is missing or is another request's."""
         self._count(error)
-        log.info("request %s ends with %s: %s", request_id, error.code, error)
+        sentence = "request %s ends with %s: %s"
+        log.info(sentence, request_id, error.code, error, extra=about(request_id))
         event = _error(request_id, record.attempt, 0, error)
         message = _message(event, record.reply_to, expiry=ERROR_EXPIRY_SECONDS)
         self._delivery.send(Final(message, record.entries))

@@ -26,6 +26,7 @@ from nestd.daemon.elastic.governor import Board, Governor
 from nestd.daemon.elastic.resources import Sampler
 from nestd.daemon.home_assistant import HomeAssistant
 from nestd.daemon.intake import Intake, IntakeRules
+from nestd.daemon.metrics import Metrics
 from nestd.daemon.mqtt.packets import (
     Connected,
     Disconnected,
@@ -147,6 +148,9 @@ class Daemon:
             parts.config,
             self._clock(),
         )
+        self._metrics = Metrics(
+            settings.metrics, self.topics.node, manifest.name, self.status, self.book
+        )
         self._home_assistant = HomeAssistant(
             settings.home_assistant,
             self.topics,
@@ -188,6 +192,7 @@ class Daemon:
 
     def startup(self) -> None:
         """Start to connect and to load; neither is waited for."""
+        self._metrics.start()
         self._supervisor.start(self._clock())
         self._transport.start(self._take_in)
         self._notifier.send("READY=1")
@@ -214,6 +219,7 @@ class Daemon:
         self._hand_back(self.book.running)
         self._supervisor.stop(ENGINE_STOP_SECONDS)
         self._governor.close()
+        self._metrics.close()
         goodbye = self._presence.say(self._transport, "offline") if self._online else None
         self._wait_for(goodbye, self._clock() + GOODBYE_SECONDS)
         self._transport.stop(GOODBYE_SECONDS)
@@ -238,6 +244,7 @@ class Daemon:
             self._received(event, now)
         elif isinstance(event, EngineEvent):
             if self._supervisor.note(event, now):
+                self._metrics.note(event.event, now)
                 self._dispatch.handle(event.event, now)
         elif isinstance(event, Published):
             self.delivery.published(event.mid, event.refusal)
@@ -265,6 +272,7 @@ class Daemon:
         if self._online:
             self.status.tick(now)
             self._home_assistant.tick(self._governor.snapshot)
+        self._metrics.tick(now)
         phase, reason = self.status.phase()
         self._notifier.status(phase if reason is None else f"{phase}: {reason}")
         self._notifier.alive(now)

@@ -147,6 +147,30 @@ class HomeAssistantSettings(Section):
     )
 
 
+def _address(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError("write HOST:PORT, for example 127.0.0.1:9464 or [::1]:9464")
+    return text
+
+
+class MetricsSettings(Section):
+    """Metrics for Prometheus, over HTTP without authentication: keep them on this machine.
+
+    Attributes:
+        listen: HOST:PORT; an IPv6 address stands in brackets.
+    """
+
+    enabled: bool = False
+    listen: Annotated[str, AfterValidator(_address)] = "127.0.0.1:9464"
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of `listen`."""
+        host, _, port = self.listen.rpartition(":")
+        return host.strip("[]"), int(port)
+
+
 class EngineSettings(Section):
     """How the engine loads the bundle; see `EngineOptions` for the limits."""
 
@@ -355,8 +379,10 @@ class Settings(Section):
     state_directory: Path | None = None
     limits: LimitSettings = LimitSettings()
     elastic: ElasticSettings
+    metrics: MetricsSettings = MetricsSettings()
     health_interval_s: Annotated[float, Field(ge=1, le=86400)] = 60.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
 
     @property
     def node_name(self) -> str:
@@ -368,7 +394,9 @@ class Settings(Section):
     def engine_options(self) -> EngineOptions:
         """What the engine process is started with."""
         prepared = None if self.weights == "resident" else self.state_path / "prepared"
-        return EngineOptions(**self.engine.model_dump(), prepared_directory=prepared)
+        return EngineOptions(
+            **self.engine.model_dump(), prepared_directory=prepared, log_format=self.log_format
+        )
 
     @property
     def state_path(self) -> Path:

@@ -35,6 +35,7 @@ from nestd.daemon.elastic.policy import PolicyState, check_names, decide
 from nestd.daemon.elastic.resources import Snapshot
 from nestd.daemon.elastic.task import choose
 from nestd.daemon.engine.messages import Retain, SetSubmodel
+from nestd.daemon.logs import about
 from nestd.daemon.requests import RequestBook, RequestRecord
 from nestd.daemon.selection import canonical, modalities_of, task_of
 from nestd.daemon.settings import Settings
@@ -235,7 +236,13 @@ class Governor:
         if choice.value != record.route[-1].value and record.engine_id is not None:
             self._supervisor.send(SetSubmodel(submodel=choice.value, id=record.engine_id))
             record.route.append(choice)
-            log.info("request %s goes on on %s: %s", record.id, choice.value, choice.reason)
+            log.info(
+                "request %s goes on on %s: %s",
+                record.id,
+                choice.value,
+                choice.reason,
+                extra=about(record.id),
+            )
         return choice
 
     def _retain(self) -> None:

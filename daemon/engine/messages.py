@@ -33,6 +33,7 @@ class EngineOptions(_Message):
             the weights in private memory.
         media: what one picture, clip or film may be.
         feature_cache_bytes: encoded media that are kept for the next request with the same bytes.
+        log_format: see `nestd.daemon.logs`.
     """
 
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
@@ -41,6 +42,7 @@ class EngineOptions(_Message):
     prepared_directory: Path | None = None
     media: MediaLimits = MediaLimits()
     feature_cache_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
+    log_format: Literal["text", "json"] = "text"
 
 
 class Sampling(_Message):

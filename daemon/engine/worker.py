@@ -44,6 +44,7 @@ from nestd.daemon.engine.messages import (
     Stop,
     Timings,
 )
+from nestd.daemon.logs import configure
 from nestd.daemon.prompt.template import Prompt
 
 STATS_SECONDS = 1.0
@@ -260,12 +261,13 @@ def _prefer_as_oom_victim() -> None:
 
 def main() -> int:
     """Entry point of the engine process."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    descriptor, bundle, json_options = sys.argv[1:]
+    options = EngineOptions.model_validate_json(json_options)
+    configure("info", options.log_format)
     _prefer_as_oom_victim()
-    descriptor, bundle, options = sys.argv[1:]
     with socket.socket(fileno=int(descriptor)) as channel:
         try:
-            return serve(channel, Path(bundle), EngineOptions.model_validate_json(options))
+            return serve(channel, Path(bundle), options)
         except (BrokenPipeError, ConnectionResetError):
             return 0  # the daemon has gone
 

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nestd.bundle.errors import NestdError
 from nestd.daemon.config import load_settings, parse_assignments
+from nestd.daemon.logs import configure
 from nestd.daemon.mqtt.connect import node_options
 from nestd.daemon.mqtt.transport import PahoTransport
 from nestd.daemon.service import Daemon, Parts
@@ -20,9 +21,9 @@ from support.node import FakeBoard
 
 def main() -> int:
     port, node, *assignments = sys.argv[1:]
-    logging.basicConfig(level="DEBUG")
     overrides = {"mqtt.port": port, "node": node, "mqtt.reconnect_min_s": 0.2, "limits.queue": 4}
     settings = load_settings(None, "generic", overrides | parse_assignments(assignments), {})
+    configure("debug", settings.log_format)
     options = node_options(settings)
     parts = Parts(
         make_transport=lambda make_will: PahoTransport(options, make_will),
