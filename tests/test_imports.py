@@ -116,6 +116,7 @@ from nestd.conversion.convert import ConvertOptions, convert
 from nestd.daemon.engine.generate import Generation
 from nestd.daemon.engine.graphs import Graphs
 from nestd.daemon.engine.messages import ChatMessage, EngineOptions, Sampling
+from nestd.daemon.engine.media import EncodedPrompt
 from nestd.daemon.prompt.template import Prompt
 import nestd.daemon.engine.worker
 import nestd.daemon.mqtt.transport
@@ -125,7 +126,13 @@ bundle = convert(sys.argv[1], Path(sys.argv[2]), ConvertOptions(), io.StringIO()
 graphs, prompt = Graphs(bundle, EngineOptions(threads=1)), Prompt(bundle)
 ids = prompt.encode([ChatMessage(role="user", content="hello")])
 answer = Generation(
-    graphs, prompt.tokenizer, ids, Sampling(max_tokens=4), bundle.manifest.submodels[0], 64, 8
+    graphs,
+    prompt.tokenizer,
+    EncodedPrompt(ids),
+    Sampling(max_tokens=4),
+    bundle.manifest.submodels[0],
+    64,
+    8,
 )
 while answer.finish_reason is None:
     answer.step()
