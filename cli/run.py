@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from nestd.bundle.manifest import Bundle
     from nestd.daemon.config import explain_settings, parse_assignments
     from nestd.daemon.engine.process import EngineProcess
-    from nestd.daemon.mqtt.connect import node_options
+    from nestd.daemon.mqtt.connect import blob_options, node_options
     from nestd.daemon.mqtt.transport import PahoTransport
     from nestd.daemon.service import Daemon, Parts
 
@@ -51,13 +51,14 @@ def run(args: argparse.Namespace) -> int:
     )
     bundle = Bundle.open(settings.bundle)
     options = settings.engine_options()
-    mqtt_options = node_options(settings)
+    mqtt_options, uploads = node_options(settings), blob_options(settings)
     daemon = Daemon(
         settings,
         bundle.manifest,
         Parts(
             make_transport=lambda make_will: PahoTransport(mqtt_options, make_will),
             make_engine=lambda on_event: EngineProcess(bundle.path, options, on_event),
+            make_blob_transport=lambda: PahoTransport(uploads),
             config=explained.redacted(),
         ),
     )

@@ -18,13 +18,16 @@ from types import FrameType
 from typing import Any
 
 from nestd.bundle.errors import BrokerError, Loading, RequestError
-from nestd.bundle.manifest import Manifest
+from nestd.bundle.manifest import Manifest, Modality
+from nestd.daemon.blobs import Blobs
+from nestd.daemon.content import Contents
 from nestd.daemon.control import Control
 from nestd.daemon.delivery import Delivery
 from nestd.daemon.dispatch import Dispatch
 from nestd.daemon.elastic.governor import Board, Governor
 from nestd.daemon.elastic.resources import Sampler
 from nestd.daemon.intake import Intake, IntakeRules
+from nestd.daemon.media_store import MediaStore
 from nestd.daemon.mqtt.packets import (
     Connected,
     Disconnected,
@@ -44,6 +47,7 @@ from nestd.daemon.requests import RequestBook, RequestRecord
 from nestd.daemon.settings import Settings
 from nestd.daemon.status import Status, parse_limits
 from nestd.daemon.supervisor import EngineEvent, MakeEngine, Supervisor
+from nestd.daemon.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +67,14 @@ class StopRequested:
     """SIGTERM or SIGINT came."""
 
 
-DaemonEvent = TransportEvent | EngineEvent | StopRequested
+@dataclass(frozen=True, slots=True)
+class UploadEvent:
+    """An event of the connection on which blobs come in."""
+
+    event: TransportEvent
+
+
+DaemonEvent = TransportEvent | EngineEvent | UploadEvent | StopRequested
 MakeTransport = Callable[[MakeWill], Transport]
 
 
@@ -72,15 +83,18 @@ class Parts:
     """What a daemon is made of; tests put in other transports, engines and clocks.
 
     Attributes:
+        make_blob_transport: a second connection, for blobs; None where none are taken.
         board: makes snapshots; None reads this machine, below the setting `sysroot`.
         config: the settings without secrets, for `info`.
     """
 
     make_transport: MakeTransport
     make_engine: MakeEngine
+    make_blob_transport: Callable[[], Transport] | None = None
     board: Board | None = None
     config: dict[str, Any] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
+    wall_clock: Callable[[], float] = time.time
     notifier: Notifier = field(default_factory=Notifier)
 
 
@@ -116,11 +130,24 @@ class Daemon:
             self._supervisor,
             self._clock(),
         )
+        media = settings.media
+        self._store = MediaStore(settings.media_path, media.store_bytes)
+        self._blobs = Blobs(
+            settings.media_path / "blobs", self._store, media, settings.limits.max_expiry_s
+        )
+        self._blobs.load(parts.wall_clock())
+        self._store.clear()
+        contents = Contents(media, manifest, self._store, self._blobs)
+        self._uploads: Uploads | None = None
+        if parts.make_blob_transport is not None and manifest.modalities != ("text",):
+            transport = parts.make_blob_transport()
+            self._uploads = Uploads(transport, self.topics, limits, self._blobs, parts.wall_clock)
         self._intake = Intake(
             IntakeRules(self.topics, limits, settings.limits, manifest),
             self.book,
             self.delivery,
             self._replies,
+            contents,
             self._unavailable,
         )
         self._dispatch = Dispatch(
@@ -143,6 +170,7 @@ class Daemon:
             self._supervisor,
             self._replies,
             self._governor,
+            contents,
             parts.config,
             self._clock(),
         )
@@ -182,6 +210,8 @@ class Daemon:
         """Start to connect and to load; neither is waited for."""
         self._supervisor.start(self._clock())
         self._transport.start(self._take_in)
+        if self._uploads is not None:
+            self._uploads.start(lambda event: self.events.put(UploadEvent(event)))
         self._notifier.send("READY=1")
 
     def main_loop(self) -> None:
@@ -209,6 +239,8 @@ class Daemon:
         goodbye = self._presence.say(self._transport, "offline") if self._online else None
         self._wait_for(goodbye, self._clock() + GOODBYE_SECONDS)
         self._transport.stop(GOODBYE_SECONDS)
+        if self._uploads is not None:
+            self._uploads.stop(GOODBYE_SECONDS)
         log.info("stopped")
 
     # One turn of the loop
@@ -231,6 +263,9 @@ class Daemon:
         elif isinstance(event, EngineEvent):
             if self._supervisor.note(event, now):
                 self._dispatch.handle(event.event, now)
+        elif isinstance(event, UploadEvent):
+            if self._uploads is not None:
+                self._uploads.handle(event.event)
         elif isinstance(event, Published):
             self.delivery.published(event.mid, event.refusal)
         elif isinstance(event, Connected):
@@ -249,10 +284,13 @@ class Daemon:
         self._governor.tick(now)
         if now >= self._next_sweep:
             self._dispatch.expire(now)
+            if self._uploads is not None:
+                self._uploads.tick()
             self._next_sweep = self._sweep_after(now)
         self._supervisor.tick(now, busy=bool(self.book.running))
         if not self.status.draining:
             self._dispatch.start_next(now)
+        self._store.release_all_but({*self.book.waiting, *self.book.running, *self._blobs.ids})
         self.delivery.send_waiting()
         if self._online:
             self.status.tick(now)
@@ -311,10 +349,14 @@ class Daemon:
 
     # Helpers
 
-    def _unavailable(self) -> RequestError | None:
+    def _unavailable(self, needed: frozenset[Modality]) -> RequestError | None:
         if self.status.draining:
             return Loading("the node is stopping: send the request again later")
-        return self._governor.refusal() or self._dispatch.unavailable()
+        return (
+            self._governor.forbidden(needed)
+            or self._governor.refusal()
+            or self._dispatch.unavailable()
+        )
 
     def _health_data(self) -> dict[str, Any]:
         return self.status.health(self._clock()).model_dump(mode="json")

@@ -83,7 +83,7 @@ def test_without_any_response_topic_the_answer_goes_to_the_nodes_own(node: Node)
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "data": "aGk="}]}]},
             "modality_unavailable",
-            "image",
+            "no vision encoder",
         ),
     ],
 )

@@ -12,6 +12,8 @@ from nestd.bundle.errors import BadRequest, ConfigError
 
 VERSION = "v1"
 Verb = Literal["generate", "cancel", "submodel", "modality", "health"]
+# Who answers: the verb of a request, or the reception of blobs.
+Answering = Verb | Literal["blob"]
 CONTROL_VERBS: tuple[Verb, ...] = ("cancel", "submodel", "modality", "health")
 CLIENTS = "clients"
 MAX_TOPIC_BYTES = 256
@@ -75,7 +77,7 @@ class Topics:
         """Where requests of this kind come in."""
         return f"{self.base}/request/{verb}"
 
-    def response(self, verb: Verb) -> str:
+    def response(self, verb: Answering) -> str:
         """Where the reply goes if the request names no Response Topic."""
         return f"{self.base}/response/{verb}"
 
@@ -85,6 +87,16 @@ class Topics:
         if head != f"{self.base}/request":
             return None
         return next((known for known in get_args(Verb) if known == verb), None)
+
+    @property
+    def blobs(self) -> str:
+        """The topic filter of all messages about blobs."""
+        return f"{self.base}/blob/+/+"
+
+    def blob_of(self, topic: str) -> tuple[str, str]:
+        """Return the blob's id, unchecked, and the last level of a topic that matches `blobs`."""
+        _, blob_id, step = topic.rsplit("/", 2)
+        return blob_id, step
 
     def check_response_topic(self, topic: str) -> str:
         """Return `topic` if we may answer there (delivery rule 7).
