@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from nestd.cli.arguments import add_broker, add_config, client_transport
+from nestd.cli.arguments import add_broker, add_config, add_media, client_transport
 from nestd.cli.main import Subparsers
 
 
@@ -20,6 +20,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     summary = "Send a request over MQTT and show the answer as it streams."
     parser = subparsers.add_parser("ask", help=summary, description=__doc__)
     parser.add_argument("prompt", help="what to ask; - reads it from standard input")
+    add_media(parser)
     parser.add_argument("--system", help="a system message before the prompt")
     parser.add_argument("--submodel", default="auto", help="a sub-model's name; default: auto")
     parser.add_argument("--effort", choices=("low", "auto", "high"), default="auto")
@@ -48,15 +49,23 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Ask, print, and return the exit status."""
+    from nestd.bundle.errors import RequestError
     from nestd.cli.client import Client, Due
+    from nestd.cli.media import add_to, read_media
 
+    fields, media = request_fields(args), read_media(args.media, args.detail)
     settings, client_id, transport = client_transport(args)
     client = Client(transport, client_id, settings.mqtt.prefix)
     later = () if args.cancel_after is None else (Due(args.cancel_after, "cancel", {}),)
     try:
         client.connect(args.node, fallback=settings.node_name)
-        events = client.ask(request_fields(args), args.timeout + 5, later)
+        if media:
+            fields = add_to(fields, media, client, args.timeout)
+        events = client.ask(fields, args.timeout + 5, later)
         return print_json(events) if args.json else print_text(events)
+    except RequestError as error:  # before anything was asked
+        print(f"nestd: {error.status} {error.code}: {error}", file=sys.stderr)
+        return 1
     finally:
         client.close()
 

@@ -1,4 +1,4 @@
-"""A client of nestd: finds a node, sends a request, yields its events, controls it.
+"""A client of nestd: finds a node, sends a request, yields its events, uploads blobs, controls it.
 
 It repeats the request under the same id whenever it had to connect again; the node answers an id
 once (docs/mqtt.md, delivery rule 3), so nothing is lost and nothing is run twice.
@@ -6,6 +6,7 @@ once (docs/mqtt.md, delivery rule 3), so nothing is lost and nothing is run twic
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import uuid
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from nestd.bundle.errors import BrokerError
+from nestd.bundle.errors import BrokerError, request_error
 from nestd.daemon.mqtt.packets import (
     Connected,
     Disconnected,
@@ -33,6 +34,9 @@ CONNECT_SECONDS = 10.0
 DISCOVERY_SECONDS = 2.0
 GATHERING_SECONDS = 0.3
 CONTROL_SECONDS = 10.0
+# Large enough to be quick, small enough to be sent again without regret.
+CHUNK_BYTES = 256 * 1024
+UPLOAD_ROUNDS = 5
 
 Event = dict[str, Any]
 
@@ -52,7 +56,11 @@ class Due:
 
 
 class Client:
-    """One connection to a broker, used by one thread."""
+    """One connection to a broker, used by one thread.
+
+    Attributes:
+        maximum_packet_size: what the broker takes at most, None where it does not say.
+    """
 
     def __init__(self, transport: Transport, client_id: str, prefix: str) -> None:
         self._transport = transport
@@ -61,6 +69,7 @@ class Client:
         self._events: SimpleQueue[TransportEvent] = SimpleQueue()
         self._availability: dict[str, str] = {}
         self._topics: Topics | None = None
+        self.maximum_packet_size: int | None = None
 
     def connect(self, node: str | None, fallback: str, patience: float = DISCOVERY_SECONDS) -> str:
         """Connect and return the node that answers: `node`, or `fallback`, or the only one.
@@ -123,14 +132,45 @@ class Client:
         Raises:
             BrokerError: none came.
         """
-        transaction = uuid.uuid4().hex
-        self.send(verb, {"transaction": transaction} | fields)
+        return self._exchange(self._node.request(verb), fields, CONTROL_SECONDS)
+
+    def info(self) -> Event:
+        """Return what the node says about itself.
+
+        Raises:
+            BrokerError: it says nothing.
+        """
+        self._transport.subscribe([Subscription(self._node.info, 1)])
         deadline = time.monotonic() + CONTROL_SECONDS
         while (event := self._next(deadline)) is not None:
-            answer = self._answer(event)
-            if answer is not None and answer.get("transaction") == transaction:
-                return answer
-        raise BrokerError(f"the node did not reply to {verb}")
+            if isinstance(event, Received) and event.topic == self._node.info:
+                return json_object(event.payload)
+        raise BrokerError(f"the node {self._node.node} does not publish its info")
+
+    def upload(self, data: bytes, chunk_bytes: int, timeout: float) -> str:
+        """Send `data` as a blob and return its id, once the node has all of it.
+
+        Raises:
+            BrokerError: no reply came within `timeout` seconds.
+            RequestError: the node refuses the blob.
+        """
+        blob_id = uuid.uuid4().hex
+        topic = f"{self._node.base}/blob/{blob_id}"
+        stated = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        reply = self._exchange(f"{topic}/init", stated, CONTROL_SECONDS)
+        for _ in range(UPLOAD_ROUNDS):
+            missing = (reply["data"] or {}).get("missing")
+            if not missing:
+                break
+            for start, end in missing:
+                for offset in range(start, end, chunk_bytes):
+                    chunk = data[offset : min(end, offset + chunk_bytes)]
+                    # One that is not taken will be missing, and so be sent in the next round.
+                    self._transport.publish(Message(f"{topic}/{offset}", chunk))
+            reply = self._exchange(f"{topic}/fin", stated, timeout)
+        if not reply["ok"]:
+            raise request_error(reply["error"]["code"], reply["error"]["message"])
+        return blob_id
 
     def close(self) -> None:
         """Disconnect."""
@@ -170,12 +210,36 @@ class Client:
 
     def send(self, verb: Verb, fields: dict[str, Any]) -> None:
         """Publish a request without waiting for its reply."""
+        self._publish(self._node.request(verb), fields)
+
+    @property
+    def _node(self) -> Topics:
         assert self._topics is not None, "connect() comes first"
+        return self._topics
+
+    def _exchange(self, topic: str, fields: dict[str, Any], timeout: float) -> Event:
+        """Send a control message or one about a blob, and return its reply."""
+        transaction = uuid.uuid4().hex
+        fields = {"transaction": transaction} | fields
+        self._publish(topic, fields)
+        deadline = time.monotonic() + timeout
+        while (event := self._next(deadline)) is not None:
+            if isinstance(event, GaveUp):
+                raise BrokerError(event.reason)
+            if isinstance(event, Connected):
+                self._subscribe()
+                self._publish(topic, fields)
+            answer = self._answer(event)
+            if answer is not None and answer.get("transaction") == transaction:
+                return answer
+        raise BrokerError(f"the node did not reply to {topic}")
+
+    def _publish(self, topic: str, fields: dict[str, Any]) -> None:
         # `reply_to` serves MQTT 3.1.1 connections, which have no Response Topic.
         fields = fields | {"reply_to": self._reply_topic}
         self._transport.publish(
             Message(
-                self._topics.request(verb),
+                topic,
                 json.dumps(fields).encode(),
                 content_type=JSON_TYPE,
                 response_topic=self._reply_topic,
@@ -193,6 +257,8 @@ class Client:
             event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
         except Empty:
             return None
+        if isinstance(event, Connected):
+            self.maximum_packet_size = event.maximum_packet_size
         if isinstance(event, Received) and event.qos > 0:
             self._transport.acknowledge(event)
         return event
