@@ -5,6 +5,7 @@ Source: optimum.exporters.onnx (optimum-onnx 0.1), which traces with torch.onnx.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from optimum.exporters.onnx import OnnxConfig
 from optimum.exporters.onnx.convert import export_pytorch
 from optimum.utils import NormalizedConfig
+from torch.jit._trace import TracerWarning
 
-from nestd.conversion.encoders.patches import traceable
+from nestd.conversion.encoders.patches import AUDIO_PATCHES, VISION_PATCHES
 from nestd.conversion.encoders.towers import AudioEncoder, VisionEncoder
 
 # The newest that torch's tracing exporter writes; it has Gelu as one operator.
@@ -29,6 +31,7 @@ class VisionOnnxConfig(OnnxConfig):  # type: ignore[misc]
     """Pictures of one size: height and width are numbers in the graph, the batch is not."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedConfig
+    PATCHING_SPECS = VISION_PATCHES
 
     def __init__(self, config: Any, size: int) -> None:  # noqa: ANN401  (any PretrainedConfig)
         super().__init__(config, task="feature-extraction")
@@ -54,6 +57,7 @@ class AudioOnnxConfig(OnnxConfig):  # type: ignore[misc]
     """Mel frames of any number."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedConfig
+    PATCHING_SPECS = AUDIO_PATCHES
 
     @property
     def inputs(self) -> Axes:
@@ -93,6 +97,10 @@ def _export(
     encoder: VisionEncoder | AudioEncoder, config: OnnxConfig, folder: Path
 ) -> onnx.ModelProto:
     path = folder / "exported.onnx"
-    with traceable():
+    with warnings.catch_warnings():
+        # Shape checks that hold for every input; what cannot be folded; the exporter being old.
+        warnings.simplefilter("ignore", TracerWarning)
+        warnings.filterwarnings("ignore", "Constant folding", UserWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
         export_pytorch(encoder, config, OPSET, path)
     return onnx.load(path)

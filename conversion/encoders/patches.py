@@ -1,4 +1,4 @@
-"""What torch's tracing cannot follow, replaced while the exporter runs.
+"""What torch's tracing cannot follow, replaced while optimum's exporter runs.
 
 Tracing records one run: a branch on a tensor's size is recorded as it went, and a size that must be
 a Python number is not one. Sources: transformers 4.57 `Gemma3nAudioAttention`, timm's
@@ -7,37 +7,14 @@ a Python number is not one. Sources: transformers 4.57 `Gemma3nAudioAttention`, 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest.mock import patch
-
 import torch
+from optimum.exporters.onnx.model_patcher import PatchingSpec
 from timm.layers import padding
 from timm.models.mobilenetv5 import MobileNetV5MultiScaleFusionAdapter
-from torch.jit._trace import TracerWarning
 from torch.nn import functional
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nAudioAttention
 
 _get_same_padding = padding.get_same_padding
-
-
-@contextmanager
-def traceable() -> Iterator[None]:
-    """Make both towers traceable, for any length of audio and one static size of pictures."""
-    audio, msfa = Gemma3nAudioAttention, MobileNetV5MultiScaleFusionAdapter
-    with (
-        patch.object(audio, "_convert_to_block", _convert_to_block),
-        patch.object(audio, "_extract_block_context", _extract_block_context),
-        patch.object(msfa, "forward", _fuse_scales),
-        patch.object(padding, "get_same_padding", _static_same_padding),
-        warnings.catch_warnings(),
-    ):
-        # Shape checks that hold for every input, and the exporter that optimum uses.
-        warnings.simplefilter("ignore", TracerWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.filterwarnings("ignore", "Constant folding", UserWarning)
-        yield
 
 
 def _convert_to_block(self: Gemma3nAudioAttention, x: torch.Tensor) -> torch.Tensor:
@@ -80,3 +57,13 @@ def _fuse_scales(
 
 def _static_same_padding(x: int, kernel_size: int, stride: int, dilation: int) -> int:
     return int(_get_same_padding(int(x), kernel_size, stride, dilation))
+
+
+VISION_PATCHES = [
+    PatchingSpec(MobileNetV5MultiScaleFusionAdapter, "forward", _fuse_scales),
+    PatchingSpec(padding, "get_same_padding", _static_same_padding),
+]
+AUDIO_PATCHES = [
+    PatchingSpec(Gemma3nAudioAttention, "_convert_to_block", _convert_to_block),
+    PatchingSpec(Gemma3nAudioAttention, "_extract_block_context", _extract_block_context),
+]
