@@ -27,7 +27,7 @@ from nestd.daemon.mqtt.packets import (
     TransportEvent,
 )
 from nestd.daemon.mqtt.parse import JSON_TYPE
-from nestd.daemon.mqtt.topics import CLIENTS, VERSION, Topics, Verb
+from nestd.daemon.mqtt.topics import CLIENTS, VERSION, Topics, Verb, pool_request
 
 CONNECT_SECONDS = 10.0
 # Retained availability comes with the SUBACK; on a slow link it takes a moment.
@@ -59,6 +59,7 @@ class Client:
     """One connection to a broker, used by one thread.
 
     Attributes:
+        pool: the pool that requests go to, if not to one node.
         maximum_packet_size: what the broker takes at most, None where it does not say.
     """
 
@@ -69,6 +70,7 @@ class Client:
         self._events: SimpleQueue[TransportEvent] = SimpleQueue()
         self._availability: dict[str, str] = {}
         self._topics: Topics | None = None
+        self.pool: str | None = None
         self.maximum_packet_size: int | None = None
 
     def connect(self, node: str | None, fallback: str, patience: float = DISCOVERY_SECONDS) -> str:
@@ -79,6 +81,21 @@ class Client:
         Raises:
             BrokerError: no broker, or no such node is online.
         """
+        self._open()
+        name = self._discover(node, fallback, patience)
+        self._topics = Topics(self._prefix, name)
+        return name
+
+    def connect_to_pool(self, pool: str) -> None:
+        """Connect, to ask whichever node of `pool` the broker chooses.
+
+        Raises:
+            BrokerError: no broker.
+        """
+        self._open()
+        self.pool = pool
+
+    def _open(self) -> None:
         self._transport.start(self._events.put)
         deadline = time.monotonic() + CONNECT_SECONDS
         reason = "no answer"
@@ -88,9 +105,6 @@ class Client:
             if event is None or isinstance(event, GaveUp):
                 raise BrokerError(f"no MQTT broker: {reason}")
         self._subscribe()
-        name = self._discover(node, fallback, patience)
-        self._topics = Topics(self._prefix, name)
-        return name
 
     def ask(
         self, fields: dict[str, Any], timeout: float, later: tuple[Due, ...] = ()
@@ -210,11 +224,14 @@ class Client:
 
     def send(self, verb: Verb, fields: dict[str, Any]) -> None:
         """Publish a request without waiting for its reply."""
-        self._publish(self._node.request(verb), fields)
+        if self.pool is not None and verb == "generate":
+            self._publish(pool_request(self._prefix, self.pool), fields)
+        else:
+            self._publish(self._node.request(verb), fields)
 
     @property
     def _node(self) -> Topics:
-        assert self._topics is not None, "connect() comes first"
+        assert self._topics is not None, "connect() comes first, and a pool is no node"
         return self._topics
 
     def _exchange(self, topic: str, fields: dict[str, Any], timeout: float) -> Event:

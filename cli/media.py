@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nestd.bundle.errors import ConfigError, ModalityUnavailable
+from nestd.bundle.errors import ConfigError, ModalityUnavailable, TooLarge
 from nestd.cli.client import CHUNK_BYTES, Client
 
 # Around the request's fields in a packet: topic, properties, the id, the parts' own keys.
@@ -42,20 +42,27 @@ def read_media(files: Sequence[tuple[str, Path]], detail: str | None) -> list[Me
 
 
 def add_to(
-    fields: dict[str, Any], media: Sequence[Medium], client: Client, timeout: float
+    fields: dict[str, Any],
+    media: Sequence[Medium],
+    client: Client,
+    timeout: float,
+    pool_bytes: int,
 ) -> dict[str, Any]:
     """Return the request `fields` with `media` before the text of its last message.
 
-    What is too large for one message goes to the node first, within `timeout` seconds a blob.
+    What is too large for one message goes to the node first, within `timeout` seconds a blob. Of a
+    pool nobody knows which node will answer: all must fit into a message of `pool_bytes`.
 
     Raises:
         BrokerError: the node does not answer.
         RequestError: the node takes no media, or refuses a blob.
     """
-    info = client.info()
-    if info["media"] is None:
-        raise ModalityUnavailable("this node takes text only: ask another one with --node")
-    limit = info["limits"]["request_bytes"]
+    limit = pool_bytes
+    if client.pool is None:
+        info = client.info()
+        if info["media"] is None:
+            raise ModalityUnavailable("this node takes text only: ask another one with --node")
+        limit = info["limits"]["request_bytes"]
     if client.maximum_packet_size is not None:
         limit = min(limit, client.maximum_packet_size)
     chunk_bytes = min(CHUNK_BYTES, limit // 2)
@@ -66,6 +73,11 @@ def add_to(
         if len(text) <= room:
             room -= len(text)
             content.append(medium.part | {"data": text})
+        elif client.pool is not None:
+            raise TooLarge(
+                f"the {medium.part['type']} does not fit into a message of {limit} bytes: ask one "
+                "node with --node, which takes it in pieces"
+            )
         else:
             blob = client.upload(medium.data, chunk_bytes, timeout)
             content.append(medium.part | {"blob": blob})

@@ -113,7 +113,7 @@ class Daemon:
         self._gave_up: str | None = None
 
         mqtt = settings.mqtt
-        self.topics = Topics(mqtt.prefix, settings.node_name, mqtt.response_topics)
+        self.topics = Topics(mqtt.prefix, settings.node_name, mqtt.response_topics, mqtt.pools)
         limits = parse_limits(settings)
         boot = uuid.uuid4().hex[:12]
         self._presence = Presence(self.topics.availability, boot)
@@ -226,6 +226,8 @@ class Daemon:
         """
         self._notifier.send("STOPPING=1")
         self.status.draining = True
+        if self.topics.shared:
+            self._transport.unsubscribe(list(self.topics.shared))
         self._hand_back(self.book.waiting)
         deadline = self._clock() + DRAIN_SECONDS
         while self._online and (self._is_running() or self.delivery.open_finals):
@@ -328,7 +330,7 @@ class Daemon:
         generate = self.topics.request("generate")
         self._transport.subscribe(
             [
-                Subscription(generate, 1),
+                *(Subscription(topic, 1) for topic in (generate, *self.topics.shared)),
                 *(Subscription(self.topics.request(verb), 0) for verb in CONTROL_VERBS),
                 Subscription(self.topics.availability, 0),
             ]

@@ -68,6 +68,7 @@ def _topic_filter(text: str) -> str:
     return text
 
 
+Level = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_node)]
 TopicFilter = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_topic_filter)]
 
 
@@ -94,6 +95,7 @@ class MqttSettings(Section):
         max_payload_bytes: a larger message from a client is refused; the broker's own limit counts
             too.
         response_topics: topic filters that a Response Topic may match besides `clients/+/#`.
+        pools: groups of nodes that this one belongs to; a request to a group goes to any of them.
     """
 
     host: Annotated[str, Field(min_length=1, max_length=255)] = "localhost"
@@ -113,6 +115,7 @@ class MqttSettings(Section):
     reconnect_max_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
     max_payload_bytes: Annotated[ByteSize, Field(ge=1024, le=268_435_455)] = 1_000_000
     response_topics: tuple[TopicFilter, ...] = ()
+    pools: tuple[Level, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -375,7 +378,7 @@ class Settings(Section):
     """
 
     profile: str
-    node: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_node)] | None = None
+    node: Level | None = None
     bundle: Path | None = None
     sysroot: Path = Path("/")
     mqtt: MqttSettings = MqttSettings()
