@@ -79,6 +79,9 @@ def write_graph(model: onnx.ModelProto, path: Path, weights: EncoderWeights) -> 
     nodes: list[NodeProto] = []
     initializers = {item.name: weights.place(item) for item in graph.initializer}
     for node in graph.node:
+        if (constant := _large_constant(node)) is not None:
+            initializers[constant.name] = weights.place(constant)
+            continue
         placed, tensors = _replace(node, weights)
         placed.name = node.name
         nodes.append(placed)
@@ -93,6 +96,17 @@ def write_graph(model: onnx.ModelProto, path: Path, weights: EncoderWeights) -> 
     model.producer_name = "nestd"
     graph.name = path.stem
     path.write_bytes(model.SerializeToString())
+
+
+def _large_constant(node: NodeProto) -> TensorProto | None:
+    """Return the tensor of a Constant node that belongs in the weight file: a folded table."""
+    if node.op_type != "Constant" or node.attribute[0].name != "value":
+        return None
+    tensor = node.attribute[0].t
+    if len(tensor.raw_data) <= INLINE_BYTES:
+        return None
+    tensor.name = node.output[0]
+    return tensor
 
 
 def _replace(node: NodeProto, weights: EncoderWeights) -> tuple[NodeProto, list[TensorProto]]:
