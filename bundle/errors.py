@@ -2,8 +2,8 @@
 
     NestdError
     ├── RequestError          answered to the client: a wire code and a status (docs/mqtt.md)
-    │   ├── BadRequest 400, ModelNotFound 404, Expired 408, IdReused 409, TooLarge 413,
-    │   ├── UnsupportedMedia 415, QueueFull 429, Cancelled 499, Internal 500,
+    │   ├── BadRequest 400, ModelNotFound 404, BlobNotFound 404, Expired 408, IdReused 409,
+    │   ├── TooLarge 413, UnsupportedMedia 415, QueueFull 429, Cancelled 499, Internal 500,
     │   └── Loading 503, PowerSaver 503, ModalityUnavailable 503, InsufficientMemory 507
     ├── CheckpointError       the Hugging Face input cannot be converted
     ├── BundleError           a bundle is missing, damaged or of another format
@@ -66,6 +66,12 @@ class ModelNotFound(RequestError):
     """The bundle has no such sub-model."""
 
     code, status = "model_not_found", 404
+
+
+class BlobNotFound(RequestError):
+    """No finished blob has this id: unknown, expired, or not whole yet."""
+
+    code, status = "blob_not_found", 404
 
 
 class Expired(RequestError):

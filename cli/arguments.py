@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,29 @@ def add_broker(parser: argparse.ArgumentParser) -> None:
     """Add --host and --port."""
     parser.add_argument("--host", help="the MQTT broker")
     parser.add_argument("--port", type=int, help="the broker's port")
+
+
+def add_media(parser: argparse.ArgumentParser) -> None:
+    """Add --image, --audio, --video and --detail; `args.media` has kinds and files in order."""
+    parser.set_defaults(media=[])
+    for kind in ("image", "audio", "video"):
+        parser.add_argument(
+            f"--{kind}",
+            action="append",
+            metavar="FILE",
+            dest="media",
+            type=partial(_medium, kind),
+            help=f"show this {kind} before the prompt; may come several times",
+        )
+    parser.add_argument(
+        "--detail",
+        choices=("low", "auto", "high"),
+        help="the size that pictures and frames are scaled to; default: the node's choice",
+    )
+
+
+def _medium(kind: str, path: str) -> tuple[str, Path]:
+    return kind, Path(path)
 
 
 def client_transport(args: argparse.Namespace) -> tuple[Settings, str, PahoTransport]:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from nestd.cli.arguments import add_broker, add_config, client_transport
+from nestd.cli.arguments import add_broker, add_config, add_media, client_transport
 from nestd.cli.main import Subparsers
 
 
@@ -20,6 +20,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     summary = "Send a request over MQTT and show the answer as it streams."
     parser = subparsers.add_parser("ask", help=summary, description=__doc__)
     parser.add_argument("prompt", help="what to ask; - reads it from standard input")
+    add_media(parser)
     parser.add_argument("--system", help="a system message before the prompt")
     parser.add_argument("--submodel", default="auto", help="a sub-model's name; default: auto")
     parser.add_argument("--effort", choices=("low", "auto", "high"), default="auto")
@@ -40,7 +41,9 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "--timeout", type=float, default=300.0, metavar="S", help="give up after S seconds"
     )
-    parser.add_argument("--node", help="which node; default: this host's, or the only one")
+    whom = parser.add_mutually_exclusive_group()
+    whom.add_argument("--node", help="which node; default: this host's, or the only one")
+    whom.add_argument("--pool", help="any node of this pool")
     add_broker(parser)
     add_config(parser)
     return parser
@@ -48,15 +51,29 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Ask, print, and return the exit status."""
+    from nestd.bundle.errors import ConfigError, RequestError
     from nestd.cli.client import Client, Due
+    from nestd.cli.media import add_to, read_media
 
+    if args.pool is not None and args.cancel_after is not None:
+        raise ConfigError("--cancel-after needs --node: a pool does not know who answers")
+    fields, media = request_fields(args), read_media(args.media, args.detail)
     settings, client_id, transport = client_transport(args)
     client = Client(transport, client_id, settings.mqtt.prefix)
     later = () if args.cancel_after is None else (Due(args.cancel_after, "cancel", {}),)
     try:
-        client.connect(args.node, fallback=settings.node_name)
-        events = client.ask(request_fields(args), args.timeout + 5, later)
+        if args.pool is not None:
+            client.connect_to_pool(args.pool)
+        else:
+            client.connect(args.node, fallback=settings.node_name)
+        if media:
+            pool_bytes = settings.mqtt.max_payload_bytes
+            fields = add_to(fields, media, client, args.timeout, pool_bytes)
+        events = client.ask(fields, args.timeout + 5, later)
         return print_json(events) if args.json else print_text(events)
+    except RequestError as error:  # before anything was asked
+        print(f"nestd: {error.status} {error.code}: {error}", file=sys.stderr)
+        return 1
     finally:
         client.close()
 

@@ -1,4 +1,4 @@
-"""A client of nestd: finds a node, sends a request, yields its events, controls it.
+"""A client of nestd: finds a node, sends a request, yields its events, uploads blobs, controls it.
 
 It repeats the request under the same id whenever it had to connect again; the node answers an id
 once (docs/mqtt.md, delivery rule 3), so nothing is lost and nothing is run twice.
@@ -6,6 +6,7 @@ once (docs/mqtt.md, delivery rule 3), so nothing is lost and nothing is run twic
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import uuid
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from nestd.bundle.errors import BrokerError
+from nestd.bundle.errors import BrokerError, request_error
 from nestd.daemon.mqtt.packets import (
     Connected,
     Disconnected,
@@ -26,13 +27,16 @@ from nestd.daemon.mqtt.packets import (
     TransportEvent,
 )
 from nestd.daemon.mqtt.parse import JSON_TYPE
-from nestd.daemon.mqtt.topics import CLIENTS, VERSION, Topics, Verb
+from nestd.daemon.mqtt.topics import CLIENTS, VERSION, Topics, Verb, pool_request
 
 CONNECT_SECONDS = 10.0
 # Retained availability comes with the SUBACK; on a slow link it takes a moment.
 DISCOVERY_SECONDS = 2.0
 GATHERING_SECONDS = 0.3
 CONTROL_SECONDS = 10.0
+# Large enough to be quick, small enough to be sent again without regret.
+CHUNK_BYTES = 256 * 1024
+UPLOAD_ROUNDS = 5
 
 Event = dict[str, Any]
 
@@ -52,7 +56,12 @@ class Due:
 
 
 class Client:
-    """One connection to a broker, used by one thread."""
+    """One connection to a broker, used by one thread.
+
+    Attributes:
+        pool: the pool that requests go to, if not to one node.
+        maximum_packet_size: what the broker takes at most, None where it does not say.
+    """
 
     def __init__(self, transport: Transport, client_id: str, prefix: str) -> None:
         self._transport = transport
@@ -61,6 +70,8 @@ class Client:
         self._events: SimpleQueue[TransportEvent] = SimpleQueue()
         self._availability: dict[str, str] = {}
         self._topics: Topics | None = None
+        self.pool: str | None = None
+        self.maximum_packet_size: int | None = None
 
     def connect(self, node: str | None, fallback: str, patience: float = DISCOVERY_SECONDS) -> str:
         """Connect and return the node that answers: `node`, or `fallback`, or the only one.
@@ -70,6 +81,21 @@ class Client:
         Raises:
             BrokerError: no broker, or no such node is online.
         """
+        self._open()
+        name = self._discover(node, fallback, patience)
+        self._topics = Topics(self._prefix, name)
+        return name
+
+    def connect_to_pool(self, pool: str) -> None:
+        """Connect, to ask whichever node of `pool` the broker chooses.
+
+        Raises:
+            BrokerError: no broker.
+        """
+        self._open()
+        self.pool = pool
+
+    def _open(self) -> None:
         self._transport.start(self._events.put)
         deadline = time.monotonic() + CONNECT_SECONDS
         reason = "no answer"
@@ -79,9 +105,6 @@ class Client:
             if event is None or isinstance(event, GaveUp):
                 raise BrokerError(f"no MQTT broker: {reason}")
         self._subscribe()
-        name = self._discover(node, fallback, patience)
-        self._topics = Topics(self._prefix, name)
-        return name
 
     def ask(
         self, fields: dict[str, Any], timeout: float, later: tuple[Due, ...] = ()
@@ -123,14 +146,45 @@ class Client:
         Raises:
             BrokerError: none came.
         """
-        transaction = uuid.uuid4().hex
-        self.send(verb, {"transaction": transaction} | fields)
+        return self._exchange(self._node.request(verb), fields, CONTROL_SECONDS)
+
+    def info(self) -> Event:
+        """Return what the node says about itself.
+
+        Raises:
+            BrokerError: it says nothing.
+        """
+        self._transport.subscribe([Subscription(self._node.info, 1)])
         deadline = time.monotonic() + CONTROL_SECONDS
         while (event := self._next(deadline)) is not None:
-            answer = self._answer(event)
-            if answer is not None and answer.get("transaction") == transaction:
-                return answer
-        raise BrokerError(f"the node did not reply to {verb}")
+            if isinstance(event, Received) and event.topic == self._node.info:
+                return json_object(event.payload)
+        raise BrokerError(f"the node {self._node.node} does not publish its info")
+
+    def upload(self, data: bytes, chunk_bytes: int, timeout: float) -> str:
+        """Send `data` as a blob and return its id, once the node has all of it.
+
+        Raises:
+            BrokerError: no reply came within `timeout` seconds.
+            RequestError: the node refuses the blob.
+        """
+        blob_id = uuid.uuid4().hex
+        topic = f"{self._node.base}/blob/{blob_id}"
+        stated = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        reply = self._exchange(f"{topic}/init", stated, CONTROL_SECONDS)
+        for _ in range(UPLOAD_ROUNDS):
+            missing = (reply["data"] or {}).get("missing")
+            if not missing:
+                break
+            for start, end in missing:
+                for offset in range(start, end, chunk_bytes):
+                    chunk = data[offset : min(end, offset + chunk_bytes)]
+                    # One that is not taken will be missing, and so be sent in the next round.
+                    self._transport.publish(Message(f"{topic}/{offset}", chunk))
+            reply = self._exchange(f"{topic}/fin", stated, timeout)
+        if not reply["ok"]:
+            raise request_error(reply["error"]["code"], reply["error"]["message"])
+        return blob_id
 
     def close(self) -> None:
         """Disconnect."""
@@ -170,12 +224,39 @@ class Client:
 
     def send(self, verb: Verb, fields: dict[str, Any]) -> None:
         """Publish a request without waiting for its reply."""
-        assert self._topics is not None, "connect() comes first"
+        if self.pool is not None and verb == "generate":
+            self._publish(pool_request(self._prefix, self.pool), fields)
+        else:
+            self._publish(self._node.request(verb), fields)
+
+    @property
+    def _node(self) -> Topics:
+        assert self._topics is not None, "connect() comes first, and a pool is no node"
+        return self._topics
+
+    def _exchange(self, topic: str, fields: dict[str, Any], timeout: float) -> Event:
+        """Send a control message or one about a blob, and return its reply."""
+        transaction = uuid.uuid4().hex
+        fields = {"transaction": transaction} | fields
+        self._publish(topic, fields)
+        deadline = time.monotonic() + timeout
+        while (event := self._next(deadline)) is not None:
+            if isinstance(event, GaveUp):
+                raise BrokerError(event.reason)
+            if isinstance(event, Connected):
+                self._subscribe()
+                self._publish(topic, fields)
+            answer = self._answer(event)
+            if answer is not None and answer.get("transaction") == transaction:
+                return answer
+        raise BrokerError(f"the node did not reply to {topic}")
+
+    def _publish(self, topic: str, fields: dict[str, Any]) -> None:
         # `reply_to` serves MQTT 3.1.1 connections, which have no Response Topic.
         fields = fields | {"reply_to": self._reply_topic}
         self._transport.publish(
             Message(
-                self._topics.request(verb),
+                topic,
                 json.dumps(fields).encode(),
                 content_type=JSON_TYPE,
                 response_topic=self._reply_topic,
@@ -193,6 +274,8 @@ class Client:
             event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
         except Empty:
             return None
+        if isinstance(event, Connected):
+            self.maximum_packet_size = event.maximum_packet_size
         if isinstance(event, Received) and event.qos > 0:
             self._transport.acknowledge(event)
         return event

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
+from nestd.bundle.manifest import Modality
 from nestd.cli.main import Subparsers
 
 
@@ -35,19 +37,55 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "--submodels", type=Path, metavar="FILE", help="YAML list of sub-models to offer"
     )
+    parser.add_argument(
+        "--modalities",
+        type=_modalities,
+        metavar="text,vision,audio",
+        help="what the bundle shall understand (default: all that the checkpoint has)",
+    )
+    parser.add_argument(
+        "--image-sizes",
+        type=_sizes,
+        metavar="256,512,768",
+        help="side lengths of pictures in pixels, a vision graph each (default 256,512,768)",
+    )
+    parser.add_argument(
+        "--encoder-bits",
+        type=int,
+        choices=(8, 32),
+        help="width of the encoders' weights (default 8, or 32 where --bits is 32)",
+    )
     return parser
+
+
+def _modalities(text: str) -> tuple[Modality, ...]:
+    names = text.split(",")
+    known = get_args(Modality)
+    if not set(names) <= set(known) or "text" not in names:
+        raise argparse.ArgumentTypeError(f"give text, and what else of {', '.join(known[1:])}")
+    return tuple(name for name in known if name in names)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    if not all(size.isdecimal() for size in text.split(",")):
+        raise argparse.ArgumentTypeError("give whole numbers with commas between")
+    return tuple(int(size) for size in text.split(","))
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert and say what was made."""
     from nestd.cli.inspect import describe
     from nestd.conversion.convert import ConvertOptions, convert
+    from nestd.conversion.encoders.config import IMAGE_SIZES
 
     options = ConvertOptions(
         bits=args.bits,
         block_size=args.block_size,
         per_layer_embedding_bits=args.per_layer_embedding_bits,
         submodels=args.submodels,
+        modalities=args.modalities,
+        image_sizes=args.image_sizes or IMAGE_SIZES,
+        encoder_bits=args.encoder_bits,
     )
     bundle = convert(args.checkpoint, args.bundle, options, sys.stderr)
     print(describe(bundle))

@@ -41,9 +41,16 @@ def describe(bundle: Bundle) -> str:
     width = f"{quantization.bits} bits"
     if quantization.bits != 32:
         width += f" in blocks of {quantization.block_size}"
+    media = []
+    if manifest.vision:
+        sizes = ", ".join(map(str, manifest.vision.sizes))
+        media.append(f"a picture of {sizes} pixels is {manifest.vision.count} tokens")
+    if manifest.audio:
+        media.append(f"a clip of up to 30 s is {manifest.audio.count} tokens")
     lines = [
         f"{manifest.name}: {source.architecture} from {source.checkpoint}, {width}",
         f"modalities: {', '.join(manifest.modalities)}",
+        *media,
         f"needs {_megabytes(manifest.minimum_ram_bytes)} of RAM at least",
         "",
         "section                        on disk",

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from nestd.daemon.config import explain_settings, parse_assignments
     from nestd.daemon.engine.process import EngineProcess
     from nestd.daemon.logs import configure
-    from nestd.daemon.mqtt.connect import node_options
+    from nestd.daemon.mqtt.connect import blob_options, node_options
     from nestd.daemon.mqtt.transport import PahoTransport
     from nestd.daemon.service import Daemon, Parts
 
@@ -50,13 +50,14 @@ def run(args: argparse.Namespace) -> int:
     configure(settings.log_level, settings.log_format)
     bundle = Bundle.open(settings.bundle)
     options = settings.engine_options()
-    mqtt_options = node_options(settings)
+    mqtt_options, uploads = node_options(settings), blob_options(settings)
     daemon = Daemon(
         settings,
         bundle.manifest,
         Parts(
             make_transport=lambda make_will: PahoTransport(mqtt_options, make_will),
             make_engine=lambda on_event: EngineProcess(bundle.path, options, on_event),
+            make_blob_transport=lambda: PahoTransport(uploads),
             config=explained.redacted(),
         ),
     )

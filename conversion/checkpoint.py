@@ -2,7 +2,8 @@
 
 Tensors are read as row ranges, so nothing larger than a chunk is ever in memory. Names are
 normalised to those of `Gemma3nTextModel` (`layers.0.self_attn.q_proj.weight`), whichever class
-wrote the checkpoint. Needs safetensors, never torch.
+wrote the checkpoint; those of the encoders to `Gemma3nModel`'s (`vision_tower.timm_model. ...`).
+Needs safetensors, never torch.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ Float32 = npt.NDArray[np.float32]
 # Where the text decoder's weights hang, by the class that saved them:
 # Gemma3nForConditionalGeneration (transformers >= 4.54, and its older layout), Gemma3nForCausalLM.
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
+# Pictures and sound: `model.` in transformers >= 4.54, bare in its older layout.
+ENCODER_MODULES = ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")
 # Gemma3nForCausalLM.save_pretrained of transformers 4.57 inserts its prefix inside this name too.
 MISNAMED = ("per_layer_model.language_model_projection", "per_layer_model_projection")
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -58,6 +61,7 @@ class Checkpoint:
         path: the directory.
         config: the parsed config.json.
         text: tensors of the text decoder by normalised name.
+        encoders: tensors of both towers and their projectors by normalised name.
         on_bytes: called with the number of bytes after each read.
     """
 
@@ -74,6 +78,11 @@ class Checkpoint:
         for shard in _shard_names(path):
             tensors.update(self._look_through(shard))
         self.text = _normalise(tensors)
+        self.encoders = {
+            bare: info
+            for name, info in tensors.items()
+            if (bare := name.removeprefix("model.")).startswith(ENCODER_MODULES)
+        }
 
     @contextmanager
     def _open(self, shard: str) -> Iterator[Any]:
@@ -98,12 +107,12 @@ class Checkpoint:
         return infos
 
     def _info(self, name: str) -> TensorInfo:
-        try:
-            return self.text[name]
-        except KeyError:
+        info = self.text.get(name) or self.encoders.get(name)
+        if info is None:
             raise CheckpointError(
                 f"{self.path} lacks the weight {name}: is every shard of the checkpoint there?"
-            ) from None
+            )
+        return info
 
     def expect(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         """Return the tensor's info; CheckpointError unless it is a float tensor of `shape`."""
@@ -127,16 +136,19 @@ class Checkpoint:
             return self._read(handle.get_tensor(info.name), name)
 
     def rows(
-        self, name: str, shape: tuple[int, int], start: int = 0, stop: int | None = None
+        self, name: str, shape: tuple[int, ...], start: int = 0, stop: int | None = None
     ) -> Iterator[Float32]:
-        """Yield rows `start` to `stop` of a matrix of `shape` as float32, at most 64 MB a piece."""
+        """Yield rows `start` to `stop` of a tensor of `shape` as float32, at most 64 MB a piece.
+
+        A row is flat, whatever the tensor's rank: the kernel of a 1x1 convolution is a matrix.
+        """
         info = self.expect(name, shape)
-        step = max(1, CHUNK_BYTES // (4 * shape[1]))
+        step = max(1, CHUNK_BYTES // (4 * math.prod(shape[1:])))
         end = shape[0] if stop is None else stop
         for first in range(start, end, step):
             with self._open(info.shard) as handle:
                 piece = handle.get_slice(info.name)[first : min(first + step, end)]
-            yield self._read(piece, name)
+            yield self._read(piece.reshape(len(piece), -1), name)
 
     def _read(self, value: npt.NDArray[Any], name: str) -> Float32:
         self.on_bytes(value.nbytes)

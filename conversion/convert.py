@@ -10,12 +10,12 @@ from __future__ import annotations
 import errno
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 import yaml
 
@@ -25,6 +25,7 @@ from nestd.bundle.manifest import (
     Bundle,
     BundleFile,
     Manifest,
+    Modality,
     ModelConfig,
     Quantization,
     Source,
@@ -40,10 +41,19 @@ from nestd.conversion.embeddings import (
     write_embed_tokens,
     write_per_layer_embeddings,
 )
+from nestd.conversion.encoders.config import (
+    ENCODER_BLOCK_SIZE,
+    IMAGE_SIZES,
+    EncoderPlan,
+    plan_encoders,
+)
 from nestd.conversion.model_config import read_model_config
 from nestd.conversion.progress import Progress
 from nestd.conversion.sources import resolve
 from nestd.conversion.weights import WeightFile
+
+if TYPE_CHECKING:  # it imports torch
+    from nestd.conversion.encoders.write import EncoderWriter
 
 SUBMODELS_FILE = "submodels.yaml"
 # Rearranged for the kernels, a block carries its scale and its sum: at 4 bits and blocks of 32 that
@@ -61,12 +71,18 @@ class ConvertOptions:
         per_layer_embedding_bits: of the PLE table; None takes 8, or 32 where `bits` is 32.
         submodels: a YAML file of sub-models; None takes submodels.yaml of the checkpoint, or what
             the shape contains.
+        modalities: to convert, text always; None takes all that the checkpoint has.
+        image_sizes: side lengths in pixels, a vision graph each.
+        encoder_bits: of the encoders' matrices; None takes 8, or 32 where `bits` is 32.
     """
 
     bits: Literal[4, 8, 32] = 8
     block_size: int | None = None
     per_layer_embedding_bits: Literal[4, 8, 32] | None = None
     submodels: Path | None = None
+    modalities: tuple[Modality, ...] | None = None
+    image_sizes: tuple[int, ...] = IMAGE_SIZES
+    encoder_bits: Literal[8, 32] | None = None
 
     def quantization(self) -> Quantization:
         """Return the resolved widths."""
@@ -107,10 +123,13 @@ def convert(source: str, destination: Path, options: ConvertOptions, log: TextIO
     )
     for item in slices:
         check_slice(item, model.num_layers, model.num_kv_shared_layers)
-    _check_disk(destination, checkpoint, quantization)
+    bits = options.encoder_bits or (32 if options.bits == 32 else 8)
+    plan = plan_encoders(checkpoint, options.modalities, options.image_sizes, bits)
+    encoders = _encoder_writers(checkpoint, plan)
+    _check_disk(destination, checkpoint, quantization, plan)
     with _staging(destination) as staging:
-        writer = _Writer(checkpoint, model, quantization, staging, log)
-        writer.write_graphs()
+        writer = _Writer(checkpoint, model, quantization, plan, staging, log)
+        writer.write_graphs(encoders)
         writer.write_assets()
         writer.write_manifest(slices, destination.name, source)
         staging.rename(destination)
@@ -125,21 +144,23 @@ class _Writer:
         checkpoint: Checkpoint,
         model: ModelConfig,
         quantization: Quantization,
+        encoders: EncoderPlan,
         staging: Path,
         log: TextIO,
     ) -> None:
         self.checkpoint = checkpoint
         self.model = model
         self.quantization = quantization
+        self.encoders = encoders
         self.staging = staging
         self.log = log
         self.sections: dict[str, int] = {}
         self.decoder = DecoderBytes()
 
-    def write_graphs(self) -> None:
-        """Stream the three graphs and their weights."""
+    def write_graphs(self, encoders: Mapping[str, EncoderWriter]) -> None:
+        """Stream the graphs and their weights."""
         model, quantization = self.model, self.quantization
-        progress = Progress(_bytes_to_read(self.checkpoint, model), self.log)
+        progress = Progress(_bytes_to_read(self.checkpoint, model, self.encoders), self.log)
         self.checkpoint.on_bytes = progress.advance
         block = quantization.block_size
 
@@ -178,6 +199,10 @@ class _Writer:
                 self.staging / "decoder.onnx", self.checkpoint, model, quantization, weights, tokens
             )
             self.sections["decoder"] = weights.size
+
+        # 4. The encoders with their projectors.
+        for name, encoder in encoders.items():
+            self.sections[name] = encoder.write(self.staging, self.encoders.bits)
         progress.finish()
 
     def write_assets(self) -> None:
@@ -208,7 +233,9 @@ class _Writer:
             ),
             model=self.model,
             quantization=self.quantization,
-            modalities=("text",),
+            modalities=self.encoders.modalities,
+            vision=self.encoders.vision,
+            audio=self.encoders.audio,
             sections=self.sections,
             submodels=tuple(submodels),
             tokens=assets.read_tokens(self.checkpoint.path, self.checkpoint.config),
@@ -239,7 +266,26 @@ def _read_submodels(path: Path, chosen: Path | None) -> tuple[int | None, list[S
     return nested, slices
 
 
-def _bytes_to_read(checkpoint: Checkpoint, model: ModelConfig) -> int:
+def _encoder_writers(checkpoint: Checkpoint, plan: EncoderPlan) -> dict[str, EncoderWriter]:
+    """Return what writes each encoder; CheckpointError where torch and optimum are missing."""
+    if plan.modalities == ("text",):
+        return {}
+    try:
+        from nestd.conversion.encoders.write import EncoderWriter
+    except ImportError as error:
+        raise CheckpointError(
+            f"the encoders of {checkpoint.path} need more libraries ({error}): pip install "
+            "'nestd[convert]', or convert the text part alone with --modalities text"
+        ) from error
+    writers = {}
+    if plan.vision:
+        writers["vision_encoder"] = EncoderWriter.vision(checkpoint, plan.vision.sizes)
+    if plan.audio:
+        writers["audio_encoder"] = EncoderWriter.audio(checkpoint)
+    return writers
+
+
+def _bytes_to_read(checkpoint: Checkpoint, model: ModelConfig, encoders: EncoderPlan) -> int:
     unused = tuple(
         f"layers.{layer}.self_attn.{part}"
         for layer in range(model.first_kv_shared_layer, model.num_layers)
@@ -251,10 +297,15 @@ def _bytes_to_read(checkpoint: Checkpoint, model: ModelConfig) -> int:
         for layer, width in enumerate(model.intermediate_size)
         if width > model.nested_intermediate_size
     )
-    return sum(
+    text = sum(
         info.nbytes * (2 if name.startswith(twice) else 1)
         for name, info in checkpoint.text.items()
         if not name.startswith(unused)
+    )
+    return text + sum(
+        info.nbytes
+        for name, info in checkpoint.encoders.items()
+        if name.startswith(encoders.weights)
     )
 
 
@@ -263,7 +314,9 @@ def _architecture(checkpoint: Checkpoint) -> str:
     return str(names[0])
 
 
-def _check_disk(destination: Path, checkpoint: Checkpoint, quantization: Quantization) -> None:
+def _check_disk(
+    destination: Path, checkpoint: Checkpoint, quantization: Quantization, encoders: EncoderPlan
+) -> None:
     """Refuse before the work starts what would end in a full disk."""
     tables = ("embed_tokens.weight", "embed_tokens_per_layer.weight")
     overhead = 4 / quantization.block_size if quantization.bits != 32 else 0.0
@@ -272,6 +325,10 @@ def _check_disk(destination: Path, checkpoint: Checkpoint, quantization: Quantiz
         elements = info.nbytes / (4 if info.dtype == "F32" else 2)
         bits = quantization.bits if name not in tables else quantization.embedding_bits
         needed += elements * (bits / 8 + overhead)
+    for name, info in checkpoint.encoders.items():
+        if name.startswith(encoders.weights):
+            elements = info.nbytes / (4 if info.dtype == "F32" else 2)
+            needed += elements * (4.0 if encoders.bits == 32 else 1 + 4 / ENCODER_BLOCK_SIZE)
     parent = destination.absolute().parent
     if not parent.is_dir():
         raise BundleError(f"there is no directory {parent}: create it first")

@@ -115,29 +115,13 @@ class GraphBuilder:
     def quantized_linear(
         self, x: str, packed: TensorProto, scales: TensorProto, bits: int, block: int
     ) -> str:
-        """Multiply rows `x` by quantised weights with the layout of `WeightFile.quantized`.
-
-        `accuracy_level` 4 quantises activations to int8 per block; at any other level ONNX Runtime
-        dequantises the whole matrix at every run.
-        """
-        rows, row_bytes = packed.dims
-        columns = row_bytes * 8 // bits
-        shaped = TensorProto()
-        shaped.CopyFrom(packed)
-        del shaped.dims[:]
-        shaped.dims.extend([rows, columns // block, block * bits // 8])
-        return self.op(
-            "MatMulNBits",
-            x,
-            self.initializer(shaped),
-            self.initializer(scales),
-            domain=MICROSOFT,
-            N=rows,
-            K=columns,
-            bits=bits,
-            block_size=block,
-            accuracy_level=4,
-        )
+        """Multiply rows `x` by quantised weights with the layout of `WeightFile.quantized`."""
+        node, tensors = matmul_nbits(x, packed, scales, bits, block)
+        node.name = f"MatMulNBits_{next(self._counter)}"
+        node.output.append(f"{node.name}:0")
+        self._initializers.extend(tensors)
+        self._nodes.append(node)
+        return str(node.output[0])
 
     def reshape(self, x: str, *shape: int) -> str:
         """Reshape `x` to `shape` (-1 is worked out, 0 copies the dimension)."""
@@ -174,3 +158,31 @@ class GraphBuilder:
 def tensor_info(name: str, elem_type: int, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
     """Return a graph input or output; strings are dynamic dimensions."""
     return helper.make_tensor_value_info(name, elem_type, shape)
+
+
+def matmul_nbits(
+    x: str, packed: TensorProto, scales: TensorProto, bits: int, block: int, *outputs: str
+) -> tuple[onnx.NodeProto, list[TensorProto]]:
+    """Return a MatMulNBits on weights with the layout of `WeightFile.quantized`, and those.
+
+    `accuracy_level` 4 quantises activations to int8 per block; at any other level ONNX Runtime
+    dequantises the whole matrix at every run.
+    """
+    rows, row_bytes = packed.dims
+    columns = row_bytes * 8 // bits
+    shaped = TensorProto()
+    shaped.CopyFrom(packed)
+    del shaped.dims[:]
+    shaped.dims.extend([rows, columns // block, block * bits // 8])
+    node = helper.make_node(
+        "MatMulNBits",
+        [x, packed.name, scales.name],
+        outputs,
+        domain=MICROSOFT,
+        N=rows,
+        K=columns,
+        bits=bits,
+        block_size=block,
+        accuracy_level=4,
+    )
+    return node, [shaped, scales]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,14 +33,17 @@ class Matrix:
 def matrix(
     checkpoint: Checkpoint,
     name: str,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     rows: tuple[int, int] | None = None,
     columns: tuple[int, int] | None = None,
 ) -> Matrix:
-    """Return the tensor `name` of `shape`, or the part of it within `rows` and `columns`."""
+    """Return the tensor `name` of `shape`, or the part of it within `rows` and `columns`.
+
+    A tensor of higher rank is a matrix of flat rows.
+    """
     checkpoint.expect(name, shape)
     first, last = rows or (0, shape[0])
-    left, right = columns or (0, shape[1])
+    left, right = columns or (0, math.prod(shape[1:]))
 
     def chunks() -> Iterator[Float32]:
         for chunk in checkpoint.rows(name, shape, first, last):

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from nestd.bundle.errors import BadRequest, ModalityUnavailable, RequestError
+from nestd.bundle.errors import BadRequest, RequestError
 from nestd.daemon.dispatch import Dispatch
 from nestd.daemon.elastic.governor import Governor
 from nestd.daemon.elastic.plan import Choice
@@ -22,7 +22,13 @@ from nestd.daemon.mqtt.contract import (
     SubmodelRequest,
 )
 from nestd.daemon.mqtt.packets import Received
-from nestd.daemon.mqtt.parse import Envelope, ParseLimits, read_control, read_envelope
+from nestd.daemon.mqtt.parse import (
+    Envelope,
+    ParseLimits,
+    read_control,
+    read_envelope,
+    transaction_of,
+)
 from nestd.daemon.mqtt.topics import Topics, Verb
 from nestd.daemon.replies import Replies
 from nestd.daemon.requests import ReplyTo, RequestBook, RequestRecord
@@ -57,9 +63,7 @@ class Control:
     def take(self, received: Received, verb: Verb, now: float) -> None:
         """Carry out one control request."""
         envelope = read_envelope(received, verb, self._topics, self._limits)
-        transaction = envelope.fields.get("transaction")
-        if not isinstance(transaction, str | int):
-            transaction = None
+        transaction = transaction_of(envelope)
         try:
             data = self._carry_out(verb, envelope, now)
             reply = ControlReply(transaction=transaction, ok=True, data=data)
@@ -79,8 +83,7 @@ class Control:
         if verb == "submodel":
             return self._submodel(read_control(SubmodelRequest, envelope))
         if verb == "modality":
-            wanted = read_control(ModalityRequest, envelope)
-            raise ModalityUnavailable(f"this bundle has no {wanted.modality} encoder")
+            return self._modality(read_control(ModalityRequest, envelope))
         read_control(HealthRequest, envelope)
         return self._health()
 
@@ -106,6 +109,13 @@ class Control:
                 raise BadRequest(f"no request with the id {wanted.id!r} runs now")
             choice = self._governor.prefer_for(record, wanted.submodel)
         return {"submodel": choice.value, "reason": choice.reason}
+
+    def _modality(self, wanted: ModalityRequest) -> dict[str, Any]:
+        choice = self._governor.set_modality(wanted.modality, wanted.enabled)
+        return wanted.model_dump(include={"modality", "enabled"}) | {
+            "planned": choice.value,
+            "reason": choice.reason,
+        }
 
     def _the_one(self, request_id: str, client: str | None) -> RequestRecord | None:
         found = self._book.open_with_id(request_id, client)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nestd.daemon.mqtt.packets import Message, Received, Transport
 
@@ -21,7 +21,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """One request message that came in; `settled` once nothing stands against its PUBACK."""
+    """One request message that came in, without its payload, which may be a large medium.
+
+    It is `settled` once nothing stands against its PUBACK.
+    """
 
     received: Received
     settled: bool = False
@@ -67,7 +70,7 @@ class Delivery:
 
     def receive(self, received: Received) -> Entry:
         """Take note of a request message; of QoS 0 there is nothing to acknowledge."""
-        entry = Entry(received)
+        entry = Entry(replace(received, payload=b""))
         if received.qos > 0:
             self._order.append(entry)
         return entry

@@ -28,7 +28,6 @@ from nestd.daemon.engine.messages import (
 )
 from nestd.daemon.intake import Intake
 from nestd.daemon.logs import about
-from nestd.daemon.mqtt.parse import chat_messages
 from nestd.daemon.replies import Replies
 from nestd.daemon.requests import RequestBook, RequestRecord
 from nestd.daemon.selection import sampling_of
@@ -76,9 +75,9 @@ class Dispatch:
             try:
                 if refusal is not None:
                     raise refusal
+                self._governor.check_encoders(record)
                 choice = self._governor.choose(record)
                 sampling = sampling_of(request, self._manifest.generation, self._max_tokens)
-                messages = chat_messages(request)
             except RequestError as error:
                 self._replies.error(record, error)
                 continue
@@ -86,7 +85,7 @@ class Dispatch:
             self._supervisor.send(
                 Start(
                     id=engine_id,
-                    messages=messages,
+                    messages=record.messages,
                     submodel=choice.value,
                     sampling=sampling,
                     context_length=self._governor.plan.context_length.value,

@@ -9,21 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nestd.bundle.errors import Cancelled, IdReused, RequestError
-from nestd.bundle.manifest import Manifest
+from nestd.bundle.manifest import Manifest, Modality
+from nestd.daemon.content import Contents
 from nestd.daemon.delivery import Delivery, Entry
 from nestd.daemon.mqtt.contract import Request
 from nestd.daemon.mqtt.packets import Received
-from nestd.daemon.mqtt.parse import (
-    Envelope,
-    ParseLimits,
-    chat_messages,
-    read_envelope,
-    read_request,
-)
+from nestd.daemon.mqtt.parse import Envelope, ParseLimits, read_envelope, read_request
 from nestd.daemon.mqtt.topics import Topics
 from nestd.daemon.replies import Replies
 from nestd.daemon.requests import ReplyTo, RequestBook, RequestRecord, new_record
-from nestd.daemon.selection import canonical, sampling_of
+from nestd.daemon.selection import canonical, modalities_of, sampling_of
 from nestd.daemon.settings import LimitSettings
 
 # Before the first answer nobody knows how long one takes; this is what a client waits after a 429.
@@ -49,13 +44,16 @@ class Intake:
         book: RequestBook,
         delivery: Delivery,
         replies: Replies,
-        unavailable: Callable[[], RequestError | None],
+        contents: Contents,
+        unavailable: Callable[[frozenset[Modality]], RequestError | None],
     ) -> None:
         self._rules = rules
         self._book = book
         self._delivery = delivery
         self._replies = replies
-        # Why no request can be taken now (the engine does not load, the plan refuses), or None.
+        self._contents = contents
+        # Why no request with these encoders can be taken now (the engine does not load, the plan
+        # refuses, the bundle has none), or None.
         self._unavailable = unavailable
         self._answer_ms: float | None = None
 
@@ -68,8 +66,9 @@ class Intake:
             return
         record = new_record(envelope, None, entry, now, self._expires_in(None, received))
         try:
-            record.request = request = self._judge(envelope)
+            request = self._judge(envelope)
             self._book.check_room(self._retry_after_ms())
+            self._contents.take(record, request, envelope.medium)
         except RequestError as error:
             if envelope.id is None:
                 self._replies.refuse_unnamed(record, None, error)
@@ -93,8 +92,7 @@ class Intake:
         request = read_request(envelope, self._rules.parse)
         canonical(request.submodel, self._rules.manifest)
         sampling_of(request, self._rules.manifest.generation, self._rules.limits.max_tokens)
-        chat_messages(request)
-        unavailable = self._unavailable()
+        unavailable = self._unavailable(modalities_of(request.messages))
         if unavailable is not None:
             raise unavailable
         return request
@@ -106,7 +104,7 @@ class Intake:
         if known.refused and told and not redelivered:
             self._book.forget(known)
             return False
-        if known.fingerprint != envelope.fingerprint:
+        if known.fingerprint != envelope.fingerprint or self._contents.is_other(known):
             stranger = new_record(envelope, None, entry, known.arrived, 1.0)
             error = IdReused(
                 f"the id {known.id!r} was used for another request: take a new one, or wait until "

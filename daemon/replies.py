@@ -166,7 +166,7 @@ class Replies:
 
     def control(self, reply: contract.ControlReply, reply_to: ReplyTo) -> None:
         """Answer a control request."""
-        self._publish(reply, reply_to, qos=1)
+        self._transport.publish(reply_message(reply, reply_to))
 
     def _end(self, record: RequestRecord, message: Message) -> None:
         final = Final(message, record.entries)
@@ -180,6 +180,11 @@ class Replies:
     def _count(self, error: RequestError) -> None:
         errors = self.counters["errors"]
         errors[error.code] = errors.get(error.code, 0) + 1
+
+
+def reply_message(reply: contract.ControlReply, reply_to: ReplyTo) -> Message:
+    """Return the message that answers a control request or an upload."""
+    return _message(reply, reply_to, expiry=ERROR_EXPIRY_SECONDS)
 
 
 def _with_reasons(finished: Finished, record: RequestRecord) -> tuple[contract.Switch, ...]:

@@ -16,6 +16,7 @@ from nestd.bundle.errors import QueueFull
 from nestd.daemon.delivery import Entry, Final
 from nestd.daemon.elastic.answer_energy import EnergyMark
 from nestd.daemon.elastic.plan import Choice
+from nestd.daemon.engine.messages import ChatMessage
 from nestd.daemon.mqtt.contract import Request
 from nestd.daemon.mqtt.parse import Envelope
 
@@ -38,7 +39,9 @@ class RequestRecord:
     """One request and what became of it.
 
     Attributes:
-        request: None once the request has ended, so that prompts are not kept.
+        request: what it asks for, without its messages; None once it has ended.
+        messages: as the engine takes them; empty once it has ended, so that prompts are not kept.
+        blobs: the sha256 of each blob that the messages name.
         number: order of arrival.
         attempt: 1, or more if it had to be run again.
         deaths: how many engine processes ended while they ran it.
@@ -56,6 +59,8 @@ class RequestRecord:
     reply_to: ReplyTo
     arrived: float
     deadline: float
+    messages: tuple[ChatMessage, ...] = ()
+    blobs: dict[str, str] = field(default_factory=dict)
     number: int = 0
     attempt: int = 1
     deaths: int = 0
@@ -174,7 +179,7 @@ class RequestBook:
 
     def store(self, record: RequestRecord) -> None:
         """Keep an ended `record` for those who ask again; the oldest give way."""
-        record.state, record.request = "ended", None
+        record.state, record.request, record.messages = "ended", None, ()
         self._records.pop((record.client, record.id), None)
         self._records[record.client, record.id] = record
         surplus = sum(1 for r in self._records.values() if r.state == "ended") - STORED_ANSWERS

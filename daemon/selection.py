@@ -5,11 +5,13 @@ Pure functions of the request; which sub-model it runs on is the governor's busi
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from nestd.bundle.errors import BadRequest
 from nestd.bundle.manifest import GenerationDefaults, Manifest, Modality
 from nestd.daemon.elastic.task import Task
-from nestd.daemon.engine.messages import Sampling
-from nestd.daemon.mqtt.contract import MediaPart, Request, TextPart
+from nestd.daemon.engine.messages import ChatMessage, Content, Sampling, TextContent
+from nestd.daemon.mqtt.contract import Request, RequestMessage
 
 AUTO = "auto"
 # The daemon has no tokenizer, the engine has. For the question whether a prompt is short this will
@@ -22,33 +24,35 @@ def canonical(name: str, manifest: Manifest) -> str:
     return AUTO if name.lower() == AUTO else manifest.submodel(name).name
 
 
-def task_of(request: Request, submodel: str) -> Task:
+def task_of(request: Request, messages: Sequence[ChatMessage], submodel: str) -> Task:
     """Return what `request` says about itself; it runs on `submodel` if that may be."""
-    characters = 0
-    for message in request.messages:
-        if isinstance(message.content, str):
-            characters += len(message.content)
-        else:
-            texts = (part.text for part in message.content if isinstance(part, TextPart))
-            characters += sum(map(len, texts))
+    texts = (
+        message.content if isinstance(message.content, str) else joined_text(message.content)
+        for message in messages
+    )
     return Task(
         submodel=submodel,
         effort=request.effort,
-        prompt_tokens=characters // CHARACTERS_PER_TOKEN,
-        media=bool(modalities_of(request)),
+        prompt_tokens=sum(map(len, texts)) // CHARACTERS_PER_TOKEN,
+        media=bool(modalities_of(messages)),
         json=request.response_format.type != "text",
     )
 
 
-def modalities_of(request: Request) -> frozenset[Modality]:
-    """Return the encoders that `request` needs; a video's frames are images."""
+def modalities_of(messages: Iterable[RequestMessage | ChatMessage]) -> frozenset[Modality]:
+    """Return the encoders that `messages` need; a video's frames are images."""
     return frozenset(
         "audio" if part.type == "audio" else "vision"
-        for message in request.messages
+        for message in messages
         if not isinstance(message.content, str)
         for part in message.content
-        if isinstance(part, MediaPart)
+        if part.type != "text"
     )
+
+
+def joined_text(content: tuple[Content, ...]) -> str:
+    """Return the text of all parts in one piece."""
+    return "".join(part.text for part in content if isinstance(part, TextContent))
 
 
 def sampling_of(request: Request, defaults: GenerationDefaults, max_tokens: int) -> Sampling:

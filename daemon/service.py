@@ -18,7 +18,9 @@ from types import FrameType
 from typing import Any
 
 from nestd.bundle.errors import BrokerError, Loading, RequestError
-from nestd.bundle.manifest import Manifest
+from nestd.bundle.manifest import Manifest, Modality
+from nestd.daemon.blobs import Blobs
+from nestd.daemon.content import Contents
 from nestd.daemon.control import Control
 from nestd.daemon.delivery import Delivery
 from nestd.daemon.dispatch import Dispatch
@@ -26,6 +28,7 @@ from nestd.daemon.elastic.governor import Board, Governor
 from nestd.daemon.elastic.resources import Sampler
 from nestd.daemon.home_assistant import HomeAssistant
 from nestd.daemon.intake import Intake, IntakeRules
+from nestd.daemon.media_store import MediaStore
 from nestd.daemon.metrics import Metrics
 from nestd.daemon.mqtt.packets import (
     Connected,
@@ -46,6 +49,7 @@ from nestd.daemon.requests import RequestBook, RequestRecord
 from nestd.daemon.settings import Settings
 from nestd.daemon.status import Status, parse_limits
 from nestd.daemon.supervisor import EngineEvent, MakeEngine, Supervisor
+from nestd.daemon.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +69,14 @@ class StopRequested:
     """SIGTERM or SIGINT came."""
 
 
-DaemonEvent = TransportEvent | EngineEvent | StopRequested
+@dataclass(frozen=True, slots=True)
+class UploadEvent:
+    """An event of the connection on which blobs come in."""
+
+    event: TransportEvent
+
+
+DaemonEvent = TransportEvent | EngineEvent | UploadEvent | StopRequested
 MakeTransport = Callable[[MakeWill], Transport]
 
 
@@ -74,15 +85,18 @@ class Parts:
     """What a daemon is made of; tests put in other transports, engines and clocks.
 
     Attributes:
+        make_blob_transport: a second connection, for blobs; None where none are taken.
         board: makes snapshots; None reads this machine, below the setting `sysroot`.
         config: the settings without secrets, for `info`.
     """
 
     make_transport: MakeTransport
     make_engine: MakeEngine
+    make_blob_transport: Callable[[], Transport] | None = None
     board: Board | None = None
     config: dict[str, Any] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
+    wall_clock: Callable[[], float] = time.time
     notifier: Notifier = field(default_factory=Notifier)
 
 
@@ -101,7 +115,7 @@ class Daemon:
         self._gave_up: str | None = None
 
         mqtt = settings.mqtt
-        self.topics = Topics(mqtt.prefix, settings.node_name, mqtt.response_topics)
+        self.topics = Topics(mqtt.prefix, settings.node_name, mqtt.response_topics, mqtt.pools)
         limits = parse_limits(settings)
         boot = uuid.uuid4().hex[:12]
         self._presence = Presence(self.topics.availability, boot)
@@ -118,11 +132,24 @@ class Daemon:
             self._supervisor,
             self._clock(),
         )
+        media = settings.media
+        self._store = MediaStore(settings.media_path, media.store_bytes)
+        self._blobs = Blobs(
+            settings.media_path / "blobs", self._store, media, settings.limits.max_expiry_s
+        )
+        self._blobs.load(parts.wall_clock())
+        self._store.clear()
+        contents = Contents(media, manifest, self._store, self._blobs)
+        self._uploads: Uploads | None = None
+        if parts.make_blob_transport is not None and manifest.modalities != ("text",):
+            transport = parts.make_blob_transport()
+            self._uploads = Uploads(transport, self.topics, limits, self._blobs, parts.wall_clock)
         self._intake = Intake(
             IntakeRules(self.topics, limits, settings.limits, manifest),
             self.book,
             self.delivery,
             self._replies,
+            contents,
             self._unavailable,
         )
         self._dispatch = Dispatch(
@@ -145,6 +172,7 @@ class Daemon:
             self._supervisor,
             self._replies,
             self._governor,
+            contents,
             parts.config,
             self._clock(),
         )
@@ -195,6 +223,8 @@ class Daemon:
         self._metrics.start()
         self._supervisor.start(self._clock())
         self._transport.start(self._take_in)
+        if self._uploads is not None:
+            self._uploads.start(lambda event: self.events.put(UploadEvent(event)))
         self._notifier.send("READY=1")
 
     def main_loop(self) -> None:
@@ -209,6 +239,8 @@ class Daemon:
         """
         self._notifier.send("STOPPING=1")
         self.status.draining = True
+        if self.topics.shared:
+            self._transport.unsubscribe(list(self.topics.shared))
         self._hand_back(self.book.waiting)
         deadline = self._clock() + DRAIN_SECONDS
         while self._online and (self._is_running() or self.delivery.open_finals):
@@ -223,6 +255,8 @@ class Daemon:
         goodbye = self._presence.say(self._transport, "offline") if self._online else None
         self._wait_for(goodbye, self._clock() + GOODBYE_SECONDS)
         self._transport.stop(GOODBYE_SECONDS)
+        if self._uploads is not None:
+            self._uploads.stop(GOODBYE_SECONDS)
         log.info("stopped")
 
     # One turn of the loop
@@ -246,6 +280,9 @@ class Daemon:
             if self._supervisor.note(event, now):
                 self._metrics.note(event.event, now)
                 self._dispatch.handle(event.event, now)
+        elif isinstance(event, UploadEvent):
+            if self._uploads is not None:
+                self._uploads.handle(event.event)
         elif isinstance(event, Published):
             self.delivery.published(event.mid, event.refusal)
         elif isinstance(event, Connected):
@@ -264,10 +301,13 @@ class Daemon:
         self._governor.tick(now)
         if now >= self._next_sweep:
             self._dispatch.expire(now)
+            if self._uploads is not None:
+                self._uploads.tick()
             self._next_sweep = self._sweep_after(now)
         self._supervisor.tick(now, busy=bool(self.book.running))
         if not self.status.draining:
             self._dispatch.start_next(now)
+        self._store.release_all_but({*self.book.waiting, *self.book.running, *self._blobs.ids})
         self.delivery.send_waiting()
         if self._online:
             self.status.tick(now)
@@ -309,7 +349,7 @@ class Daemon:
         generate = self.topics.request("generate")
         self._transport.subscribe(
             [
-                Subscription(generate, 1),
+                *(Subscription(topic, 1) for topic in (generate, *self.topics.shared)),
                 *(Subscription(self.topics.request(verb), 0) for verb in CONTROL_VERBS),
                 Subscription(self.topics.availability, 0),
                 *self._home_assistant.subscriptions(),
@@ -332,10 +372,14 @@ class Daemon:
 
     # Helpers
 
-    def _unavailable(self) -> RequestError | None:
+    def _unavailable(self, needed: frozenset[Modality]) -> RequestError | None:
         if self.status.draining:
             return Loading("the node is stopping: send the request again later")
-        return self._governor.refusal() or self._dispatch.unavailable()
+        return (
+            self._governor.forbidden(needed)
+            or self._governor.refusal()
+            or self._dispatch.unavailable()
+        )
 
     def _health_data(self) -> dict[str, Any]:
         return self.status.health(self._clock()).model_dump(mode="json")

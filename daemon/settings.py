@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from nestd.daemon.engine.messages import EngineOptions
+from nestd.daemon.prompt.media import MediaLimits
 from nestd.daemon.units import ByteSize
 
 SECRET = {"secret": True}
@@ -67,6 +68,7 @@ def _topic_filter(text: str) -> str:
     return text
 
 
+Level = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_node)]
 TopicFilter = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_topic_filter)]
 
 
@@ -93,6 +95,7 @@ class MqttSettings(Section):
         max_payload_bytes: a larger message from a client is refused; the broker's own limit counts
             too.
         response_topics: topic filters that a Response Topic may match besides `clients/+/#`.
+        pools: groups of nodes that this one belongs to; a request to a group goes to any of them.
     """
 
     host: Annotated[str, Field(min_length=1, max_length=255)] = "localhost"
@@ -112,6 +115,7 @@ class MqttSettings(Section):
     reconnect_max_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
     max_payload_bytes: Annotated[ByteSize, Field(ge=1024, le=268_435_455)] = 1_000_000
     response_topics: tuple[TopicFilter, ...] = ()
+    pools: tuple[Level, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -200,6 +204,52 @@ class LimitSettings(Section):
     def _check(self) -> Self:
         _in_order(self, "default_expiry_s", "max_expiry_s")
         return self
+
+
+class MediaSettings(Section):
+    """Pictures, clips and videos.
+
+    Attributes:
+        max_bytes, max_pixels, max_audio_s, max_video_s: of one medium.
+        max_video_frames: that are taken from a video; a longer one is sampled more thinly.
+        video_frames_per_second: the rate of sampling where `max_video_frames` allows it.
+        image_size: pixels of the square that pictures are scaled to where the request says nothing;
+            the next smaller one that the bundle has.
+        max_per_request: media of one request; one more is answered 413.
+        store_bytes: disk for the media of open requests and for blobs.
+        max_blobs: blobs at once, finished or not.
+        blob_expiry_s: how long a blob is kept where its `init` does not say.
+        feature_cache_bytes: encoded media that the engine keeps for the next request.
+    """
+
+    max_bytes: Annotated[ByteSize, Field(ge=1)] = 32 * 1024 * 1024
+    max_pixels: Count = 50_000_000
+    max_audio_s: PositiveSeconds = 300.0
+    max_video_s: PositiveSeconds = 600.0
+    max_video_frames: Annotated[int, Field(ge=1, le=64)]
+    video_frames_per_second: Annotated[float, Field(gt=0, le=60)] = 1.0
+    image_size: Count
+    max_per_request: Annotated[int, Field(ge=1, le=64)] = 8
+    store_bytes: ByteSize = 256 * 1024 * 1024
+    max_blobs: Annotated[int, Field(ge=0, le=10_000)] = 32
+    blob_expiry_s: PositiveSeconds = 600.0
+    feature_cache_bytes: ByteSize = 64 * 1024 * 1024
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _in_order(self, "max_bytes", "store_bytes")
+        return self
+
+    def limits(self) -> MediaLimits:
+        """What one medium may be, for the decoder."""
+        return MediaLimits(
+            bytes=self.max_bytes,
+            pixels=self.max_pixels,
+            audio_seconds=self.max_audio_s,
+            video_seconds=self.max_video_s,
+            video_frames=self.max_video_frames,
+            video_frames_per_second=self.video_frames_per_second,
+        )
 
 
 class MemorySettings(Section):
@@ -369,7 +419,7 @@ class Settings(Section):
     """
 
     profile: str
-    node: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_node)] | None = None
+    node: Level | None = None
     bundle: Path | None = None
     sysroot: Path = Path("/")
     mqtt: MqttSettings = MqttSettings()
@@ -378,6 +428,7 @@ class Settings(Section):
     weights: Literal["mapped", "resident"]
     state_directory: Path | None = None
     limits: LimitSettings = LimitSettings()
+    media: MediaSettings
     elastic: ElasticSettings
     metrics: MetricsSettings = MetricsSettings()
     health_interval_s: Annotated[float, Field(ge=1, le=86400)] = 60.0
@@ -395,8 +446,17 @@ class Settings(Section):
         """What the engine process is started with."""
         prepared = None if self.weights == "resident" else self.state_path / "prepared"
         return EngineOptions(
-            **self.engine.model_dump(), prepared_directory=prepared, log_format=self.log_format
+            **self.engine.model_dump(),
+            prepared_directory=prepared,
+            media=self.media.limits(),
+            feature_cache_bytes=self.media.feature_cache_bytes,
+            log_format=self.log_format,
         )
+
+    @property
+    def media_path(self) -> Path:
+        """Where media lie while a request or a blob needs them; no other node shares it."""
+        return self.state_path / f"media-{self.node_name}"
 
     @property
     def state_path(self) -> Path:

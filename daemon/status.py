@@ -13,6 +13,7 @@ import psutil
 from pydantic import BaseModel
 
 from nestd.bundle.manifest import Manifest
+from nestd.daemon.content import Contents
 from nestd.daemon.dispatch import Dispatch
 from nestd.daemon.elastic.cost import pareto_front
 from nestd.daemon.elastic.governor import Governor
@@ -47,6 +48,7 @@ class Status:
         supervisor: Supervisor,
         replies: Replies,
         governor: Governor,
+        contents: Contents,
         config: dict[str, Any],
         started: float,
     ) -> None:
@@ -60,6 +62,7 @@ class Status:
         self._supervisor = supervisor
         self._replies = replies
         self._governor = governor
+        self._contents = contents
         self._config = config
         self._started = started
         self._process = psutil.Process()
@@ -123,6 +126,8 @@ class Status:
         """Return the state of the moment."""
         phase, reason = self.phase()
         plan, bounds = self._governor.plan, self._governor.bounds
+        stats = self._dispatch.stats
+        encoders = stats.encoders if stats is not None else ()
         running = [r for r in self._book.running if r.state == "running"]
         choice = running[0].route[-1] if running else plan.submodel
         concurrency = plan.concurrency
@@ -140,7 +145,7 @@ class Status:
             context_reason=plan.context_length.reason,
             concurrency=concurrency.value,
             concurrency_reason=concurrency.reason,
-            modalities=("text", *plan.modalities.value) if phase == "ready" else (),
+            modalities=("text", *encoders) if phase == "ready" else (),
             modalities_reason=plan.modalities.reason,
             queue=contract.Queue(
                 running=len(running),
@@ -201,7 +206,7 @@ class Status:
                 )
                 for item in self._manifest.submodels
             ),
-            modalities=("text",),
+            modalities=self._manifest.modalities,
             limits=contract.InfoLimits(
                 request_bytes=self._settings.mqtt.max_payload_bytes,
                 json_depth=limits.json_depth,
@@ -211,8 +216,25 @@ class Status:
                 default_expiry_seconds=limits.default_expiry_s,
                 maximum_expiry_seconds=limits.max_expiry_s,
             ),
+            media=self._media() if self._manifest.modalities != ("text",) else None,
             config=self._config,
             schemas=contract.schemas(),
+        )
+
+    def _media(self) -> contract.InfoMedia:
+        media, vision = self._settings.media, self._manifest.vision
+        return contract.InfoMedia(
+            max_bytes=media.max_bytes,
+            max_pixels=media.max_pixels,
+            max_audio_seconds=media.max_audio_s,
+            max_video_seconds=media.max_video_s,
+            max_video_frames=media.max_video_frames,
+            max_per_request=media.max_per_request,
+            image_sizes=() if vision is None else vision.sizes,
+            image_size=self._contents.image_size(),
+            store_bytes=media.store_bytes,
+            max_blobs=media.max_blobs,
+            blob_expiry_seconds=media.blob_expiry_s,
         )
 
     def _publish_info(self) -> None:

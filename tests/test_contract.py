@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestd.bundle.errors import BadRequest, ModalityUnavailable, RequestError, TooLarge
-from nestd.daemon.mqtt.contract import CancelRequest, Request, schemas
+from nestd.bundle.errors import BadRequest, RequestError, TooLarge
+from nestd.daemon.mqtt.contract import CancelRequest, Request, TextPart, schemas
 from nestd.daemon.mqtt.packets import Received
 from nestd.daemon.mqtt.parse import (
     Envelope,
     ParseLimits,
-    chat_messages,
     check_depth,
     read_control,
     read_envelope,
@@ -67,15 +66,10 @@ def test_messages_may_come_as_a_user_property() -> None:
 def test_content_may_be_a_list_of_parts() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     found = request({"messages": [{"role": "user", "content": parts}]})
-    assert chat_messages(found)[0].content == "ab"
-
-
-@pytest.mark.parametrize("kind", ["image", "audio", "video"])
-def test_media_are_read_and_answered_503(kind: str) -> None:
-    part = {"type": kind, "data": "aGk=", "content_type": "x/y"}
-    found = request({"messages": [{"role": "user", "content": [part]}]})
-    with pytest.raises(ModalityUnavailable, match=kind):
-        chat_messages(found)
+    assert found.messages[0].content == (
+        TextPart(type="text", text="a"),
+        TextPart(type="text", text="b"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,8 +112,76 @@ def test_characters_of_the_prompt_are_counted() -> None:
         request({"messages": [{"role": "user", "content": "x" * 501}]})
 
 
-def test_a_raw_medium_is_not_taken_yet() -> None:
-    assert "image/png" in complaint(b"\x89PNG", content_type="image/png")
+MESSAGES = [{"role": "user", "content": [{"type": "image", "payload": True}]}]
+
+
+def properties(**pairs: str) -> tuple[tuple[str, str], ...]:
+    return tuple(pairs.items())
+
+
+def test_a_raw_medium_comes_first_and_its_prompt_behind_it() -> None:
+    found = request(
+        b"RIFF", content_type="audio/wav", user_properties=properties(prompt="what?", seed="3")
+    )
+    content = found.messages[0].content
+    assert [(part.type, getattr(part, "payload", None)) for part in content] == [
+        ("audio", True),
+        ("text", None),
+    ]
+    assert found.seed == 3
+
+
+def test_a_raw_medium_may_stand_anywhere_in_messages() -> None:
+    text = json.dumps([{"role": "user", "content": "look"}, *MESSAGES])
+    found = request(b"x", content_type="image/JPEG; q=1", user_properties=properties(messages=text))
+    assert len(found.messages) == 2
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        ({}, "either prompt or messages"),
+        ({"prompt": "a", "messages": json.dumps(MESSAGES)}, "either prompt or messages"),
+        ({"messages": json.dumps(HELLO["messages"])}, "0 parts refer to it"),
+        ({"messages": json.dumps(MESSAGES * 2)}, "2 parts refer to it"),
+        ({"prompt": "a", "colour": "red"}, "unknown key 'colour'"),
+    ],
+)
+def test_exactly_one_part_stands_for_a_raw_medium(pairs: dict[str, str], words: str) -> None:
+    found = complaint(b"x", content_type="image/png", user_properties=properties(**pairs))
+    assert words in found
+
+
+def test_json_cannot_be_its_own_medium() -> None:
+    assert "the payload is JSON" in complaint({"messages": MESSAGES})
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({}, "exactly one of data, blob and payload"),
+        ({"data": "", "blob": "b"}, "exactly one of data, blob and payload"),
+        ({"blob": "../etc/passwd"}, "messages.0.content.0.image.blob"),
+        ({"data": "", "detail": "huge"}, "messages.0.content.0.image.detail"),
+        ({"data": "", "url": "http://x"}, "unknown key 'messages.0.content.0.image.url'"),
+    ],
+)
+def test_a_media_part_that_is_wrong_is_named(part: dict[str, Any], words: str) -> None:
+    assert words in complaint(
+        {"messages": [{"role": "user", "content": [{"type": "image"} | part]}]}
+    )
+
+
+def test_a_content_type_that_is_neither_json_nor_a_medium_is_refused() -> None:
+    assert "text/plain" in complaint(b"hi", content_type="text/plain")
+    assert "the limit is 2000" in complaint(b"x" * 2001, content_type="image/png")
+
+
+def test_a_raw_mediums_content_type_is_part_of_its_fingerprint() -> None:
+    assert (
+        envelope(b"x", content_type="image/png").fingerprint
+        != envelope(b"x", content_type="image/jpeg").fingerprint
+    )
 
 
 def test_brackets_inside_strings_do_not_nest() -> None:

@@ -6,7 +6,6 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from support.clients import nestd
 from support.mosquitto import Mosquitto
 
 from nestd.bundle.manifest import Bundle
@@ -27,10 +27,6 @@ pytestmark = pytest.mark.broker
 PATIENCE = 60.0
 # Long enough that something can be done to the answer while it is made.
 LONG: dict[str, Any] = {"max_tokens": 400, "temperature": 0, "stream": True}
-
-
-def nestd(*arguments: str) -> list[str]:
-    return [str(Path(sys.executable).with_name("nestd")), *arguments]
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from nestd.bundle.errors import TooLarge
 from nestd.bundle.manifest import Bundle
 from nestd.daemon.engine.generate import Generation
 from nestd.daemon.engine.graphs import Graphs
+from nestd.daemon.engine.media import EncodedPrompt
 from nestd.daemon.engine.messages import ChatMessage, EngineOptions, Sampling
 from nestd.daemon.prompt.template import Prompt
 
@@ -38,7 +39,7 @@ def generation(
     return Generation(
         graphs,
         prompt.tokenizer,
-        ids,
+        EncodedPrompt(ids),
         Sampling.model_validate({"max_tokens": 40, **sampling}),
         graphs.bundle.manifest.submodel(submodel),
         context,

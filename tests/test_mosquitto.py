@@ -17,6 +17,7 @@ from support.clients import PATIENCE, daemon, echo_daemon, listening, wait_for_l
 from support.mosquitto import Mosquitto
 
 from nestd.cli.client import Client, Due
+from nestd.cli.main import main
 from nestd.daemon.mqtt.packets import TransportOptions
 from nestd.daemon.mqtt.transport import PahoTransport
 
@@ -118,6 +119,48 @@ def test_two_nodes_share_a_broker(mosquitto: Mosquitto) -> None:
         for node in ("east", "west"):
             with client(mosquitto, node) as connection:
                 assert list(connection.ask(request(node), PATIENCE))[-1]["text"] == node
+
+
+def test_the_nodes_of_a_pool_share_its_requests(mosquitto: Mosquitto) -> None:
+    pool = "mqtt.pools=[house]"
+    with (
+        daemon(mosquitto, "east", pool) as east,
+        daemon(mosquitto, "west", pool),
+        listening(mosquitto, "clients/me/r") as me,
+    ):
+
+        def ask(number: int) -> None:
+            me.publish(
+                "nestd/v1/pool/house/request/generate",
+                request("hi", id=f"{number}", stream=False),
+                response_topic="clients/me/r",
+            )
+
+        for number in range(10):
+            ask(number)
+        assert {me.until_event("done")["id"] for _ in range(10)} == {str(n) for n in range(10)}
+        for node in ("east", "west"):
+            with client(mosquitto, node) as connection:
+                counters = connection.control("health", {})["data"]["counters"]
+                assert counters["done"] > 0, "each has answered some"
+        east.terminate()
+        east.wait(PATIENCE)
+        for number in range(20, 24):
+            ask(number)
+        assert len([me.until_event("done") for _ in range(4)]) == 4, "who has left gets none"
+
+
+def test_nestd_ask_asks_a_pool(
+    mosquitto: Mosquitto, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "large").write_bytes(bytes(2_000_000))
+    broker = ["--host", "127.0.0.1", "--port", str(mosquitto.port), "--pool", "house"]
+    with daemon(mosquitto, "node", "mqtt.pools=[house]", f"state_directory={tmp_path}"):
+        assert main(["ask", *broker, "--no-stream", "hello"]) == 0
+        assert capsys.readouterr().out == "hello\n"
+        assert main(["ask", *broker, "--image", str(tmp_path / "large"), "hello"]) == 1
+        assert "--node" in capsys.readouterr().err
+        assert main(["ask", *broker, "--cancel-after", "1", "hello"]) == 2
 
 
 @pytest.mark.parametrize("how", ["stop", "kill"])

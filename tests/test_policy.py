@@ -285,6 +285,16 @@ def test_a_needed_encoder_shrinks_the_decoder_and_one_that_cannot_fit_says_so() 
     assert plan.modalities.reason == "vision is needed but does not fit in memory"
 
 
+def test_an_encoder_that_the_owner_has_switched_off_never_comes() -> None:
+    both = frozenset({"vision", "audio"})
+    run = Run(mix=RequestMix(wanted=both))
+    assert run(1, board()).modalities.value == ("vision", "audio")
+    run.mix = RequestMix(wanted=both, disabled=frozenset({"vision"}))
+    plan = run(1, board())
+    assert plan.modalities.value == ("audio",)
+    assert plan.modalities.reason == "the owner has switched vision off; audio is needed now"
+
+
 def test_more_sessions_run_side_by_side_while_their_cache_fits() -> None:
     config = configure("raspberry-pi-5-16gb")
     assert first(board(free_gib=14), config).concurrency.value == 2

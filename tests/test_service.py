@@ -83,7 +83,7 @@ def test_without_any_response_topic_the_answer_goes_to_the_nodes_own(node: Node)
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "data": "aGk="}]}]},
             "modality_unavailable",
-            "image",
+            "no vision encoder",
         ),
     ],
 )
@@ -629,3 +629,28 @@ def test_sampling_comes_from_the_request_and_else_from_the_model(node: Node) -> 
     assert (start.sampling.repetition_penalty, start.sampling.seed) == (1.3, 9)
     assert start.sampling.stop == ("END",)
     assert start.sampling.top_p == small_manifest().generation.top_p
+
+
+# Pools
+
+
+def test_a_request_to_a_pool_is_answered_like_any_other() -> None:
+    node = Node(mqtt__pools=["house"]).start()
+    greeting = {"id": "a", "messages": [{"role": "user", "content": "hello"}]}
+    for _ in range(2):
+        node.transport.deliver(
+            "nestd/v1/pool/house/request/generate", greeting, response_topic=REPLY
+        )
+        node.settle()
+    assert len(node.engine.starts) == 1
+    assert node.transport.acknowledged == []
+    node.engine.finish()
+    node.settle()
+    assert node.transport.acknowledged == [1, 2]
+    assert node.kinds() == ["done"]
+
+
+def test_a_node_that_stops_leaves_its_pools() -> None:
+    node = Node(mqtt__pools=["house"]).start()
+    node.daemon.shutdown()
+    assert not any("$share" in item.topic_filter for item in node.transport.subscriptions)

@@ -12,6 +12,16 @@ SOURCES = Path(__file__).parents[1]
 TOPICS = Topics("nestd", "kitchen")
 
 
+def test_requests_to_its_pools_are_requests_to_the_node() -> None:
+    topics = Topics("nestd", "node", pools=("house", "pool"))
+    assert topics.shared == (
+        "$share/house/nestd/v1/pool/house/request/generate",
+        "$share/pool/nestd/v1/pool/pool/request/generate",
+    )
+    assert topics.verb_of("nestd/v1/pool/house/request/generate") == "generate"
+    assert topics.verb_of("nestd/v1/pool/garden/request/generate") is None
+
+
 def test_topics_are_built_below_prefix_version_and_node() -> None:
     assert TOPICS.base == "nestd/v1/kitchen"
     assert TOPICS.request("generate") == "nestd/v1/kitchen/request/generate"

@@ -11,7 +11,8 @@ two tokens:
 - a request that waits gets its sub-model when its turn comes;
 - while the plan refuses, new requests are answered with the reason and when to come again; what
   runs is finished on the smallest sub-model, never broken off;
-- the engine is told the largest sub-model that may run, to hand back the memory of all beyond it.
+- the engine is told the largest sub-model that may run, to hand back the memory of all beyond it,
+  and the encoders that may stay loaded.
 
 `Plan.threads` is logged and not applied: ONNX Runtime's threads are those a graph was loaded with,
 and where they matter (a weak supply, heat) loading anew is a burst of work at the worst moment.
@@ -25,7 +26,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Protocol
 
-from nestd.bundle.errors import RequestError
+from nestd.bundle.errors import ModalityUnavailable, RequestError
 from nestd.bundle.manifest import Manifest, Modality
 from nestd.daemon.elastic.answer_energy import AnswerEnergy, EnergyMark, mark
 from nestd.daemon.elastic.cost import ModelCost
@@ -34,7 +35,7 @@ from nestd.daemon.elastic.plan import Choice, Plan, RequestMix
 from nestd.daemon.elastic.policy import PolicyState, check_names, decide
 from nestd.daemon.elastic.resources import Snapshot
 from nestd.daemon.elastic.task import choose
-from nestd.daemon.engine.messages import Retain, SetSubmodel
+from nestd.daemon.engine.messages import KeepEncoders, Retain, SetSubmodel
 from nestd.daemon.logs import about
 from nestd.daemon.requests import RequestBook, RequestRecord
 from nestd.daemon.selection import canonical, modalities_of, task_of
@@ -92,6 +93,8 @@ class Governor:
         self._owner = canonical(settings.elastic.submodel, manifest)
         self._state = PolicyState()
         self._retained: str | None = None
+        self._kept: tuple[Modality, ...] = ()
+        self._disabled: frozenset[Modality] = frozenset()
         self._energy = AnswerEnergy()
         self.snapshot = self._board.sample(self._pids(), now)
         self._decide()
@@ -142,8 +145,37 @@ class Governor:
         assert record.request is not None
         if self.plan.refusal is not None:
             return Choice(self._smallest, self.plan.refusal.reason)
-        task = task_of(record.request, record.wish or record.request.submodel)
+        task = task_of(record.request, record.messages, record.wish or record.request.submodel)
         return choose(task, self.plan, self._manifest, self._settings)
+
+    def forbidden(self, needed: Iterable[Modality]) -> RequestError | None:
+        """Why a request that needs these encoders can never be taken as things are, or None."""
+        for modality in sorted(needed):
+            if modality not in self._manifest.modalities:
+                return self._missing(modality)
+            if modality in self._disabled:
+                return ModalityUnavailable(
+                    f"the owner of this node has switched {modality} off: ask another node"
+                )
+        return None
+
+    def check_encoders(self, record: RequestRecord) -> None:
+        """Make sure that a request, whose turn it is, has its encoders.
+
+        Raises:
+            ModalityUnavailable: the bundle, the owner or memory stands against one of them.
+        """
+        needed = modalities_of(record.messages)
+        forbidden = self.forbidden(needed)
+        if forbidden is not None:
+            raise forbidden
+        if not needed <= set(self.plan.modalities.value):
+            self._decide()  # the plan may be older than the request
+        if self.plan.refusal is None and not needed <= set(self.plan.modalities.value):
+            raise ModalityUnavailable(
+                f"{self.plan.modalities.reason}: ask again later or on another node",
+                self.retry_after_ms(ModalityUnavailable.code),
+            )
 
     # What happens
 
@@ -164,8 +196,9 @@ class Governor:
 
     def engine_ready(self) -> None:
         """A new engine process knows nothing of the plan yet."""
-        self._retained = None
+        self._retained, self._kept = None, ()
         self._retain()
+        self._keep_encoders()
 
     def prefer(self, name: str) -> Choice[str | None]:
         """Let `auto` mean `name` for all that runs and comes; `auto` itself gives the choice back.
@@ -190,6 +223,24 @@ class Governor:
         record.wish = canonical(name, self._manifest)
         return self._redirect(record)
 
+    def set_modality(self, modality: Modality, enabled: bool) -> Choice[tuple[Modality, ...]]:
+        """Forbid an encoder, or allow it and load it now; return the encoders of the plan.
+
+        Raises:
+            ModalityUnavailable: the bundle has no such encoder.
+        """
+        if modality not in self._manifest.modalities:
+            raise self._missing(modality)
+        if not enabled:
+            self._disabled |= {modality}
+            self._decide()
+            return self.plan.modalities
+        self._disabled -= {modality}
+        self._decide(frozenset({modality}))
+        if modality in self.plan.modalities.value:
+            self._keep_encoders(load=(modality,))
+        return self.plan.modalities
+
     def energy(self, now: float) -> EnergyMark | None:
         """Return the energy counter, from a fresh snapshot."""
         if now - self.snapshot.time >= FRESH_SECONDS:
@@ -206,24 +257,32 @@ class Governor:
 
     # Deciding and applying
 
+    def _missing(self, modality: Modality) -> ModalityUnavailable:
+        return ModalityUnavailable(
+            f"this bundle has no {modality} encoder, it takes "
+            f"{', '.join(self._manifest.modalities)}: ask a node whose info lists it"
+        )
+
     def _pids(self) -> list[int]:
         engine = self._supervisor.engine_pid
         return [os.getpid()] if engine is None else [os.getpid(), engine]
 
-    def _decide(self) -> None:
+    def _decide(self, wanted: frozenset[Modality] = frozenset()) -> None:
         before = self._state.plan
-        mix = RequestMix(self._wanted(), self._owner)
+        mix = RequestMix(self._wanted() | wanted, self._owner, self._disabled)
         self._state = decide(self.snapshot, self._settings, self._manifest, mix, self._state)
         if self.plan == before:
             return
         _log_changes(before, self.plan)
         self._redirect_all()
         self._retain()
+        self._keep_encoders()
 
     def _wanted(self) -> frozenset[Modality]:
-        open_records = (*self._book.waiting, *self._book.running)
-        requests = (record.request for record in open_records)
-        return frozenset().union(*(modalities_of(item) for item in requests if item is not None))
+        """The encoders of what runs and of what is next: others load when it is their turn."""
+        following = self._book.next_waiting()
+        records = self._book.running if following is None else (*self._book.running, following)
+        return frozenset().union(*(modalities_of(record.messages) for record in records))
 
     def _redirect_all(self) -> None:
         for record in self._book.running:
@@ -250,6 +309,13 @@ class Governor:
         if self._supervisor.state == "ready" and largest != self._retained:
             self._retained = largest
             self._supervisor.send(Retain(submodel=largest))
+
+    def _keep_encoders(self, load: tuple[Modality, ...] = ()) -> None:
+        """Tell the engine which encoders may stay; a new process has none."""
+        keep = self.plan.modalities.value
+        if self._supervisor.state == "ready" and (keep != self._kept or load):
+            self._kept = keep
+            self._supervisor.send(KeepEncoders(keep=keep, load=load))
 
 
 def _log_changes(before: Plan | None, plan: Plan) -> None:

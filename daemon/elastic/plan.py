@@ -81,8 +81,10 @@ class RequestMix:
 
     Attributes:
         wanted: encoders that one of them needs.
+        disabled: encoders that the owner has forbidden (control topic).
         preference: the owner's sub-model (control topic or configuration), or `auto`.
     """
 
     wanted: frozenset[Modality] = frozenset()
     preference: str = "auto"
+    disabled: frozenset[Modality] = frozenset()

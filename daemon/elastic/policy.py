@@ -178,6 +178,9 @@ def _encoders(
             if modality in mix.wanted:
                 reasons.append(f"the bundle has no {modality}")
             continue
+        if modality in mix.disabled:
+            reasons.append(f"the owner has switched {modality} off")
+            continue
         with_it = [*keep, modality]
         fits = free is None or cost.bytes_of(cost.stages[0], with_it) <= free
         if modality in mix.wanted:

@@ -7,14 +7,15 @@ the generation or change its sub-model.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from nestd.bundle.errors import TooLarge
 from nestd.bundle.manifest import Submodel
 from nestd.daemon.engine.graphs import Graphs
+from nestd.daemon.engine.media import EncodedPrompt
 from nestd.daemon.engine.messages import FinishReason, Sampling, Switch
 from nestd.daemon.engine.sampling import Sampler
 from nestd.daemon.engine.text import StreamingText
@@ -35,7 +36,7 @@ class Generation:
         self,
         graphs: Graphs,
         tokenizer: Tokenizer,
-        prompt_ids: Sequence[int],
+        prompt: EncodedPrompt,
         sampling: Sampling,
         submodel: Submodel,
         context_length: int,
@@ -46,13 +47,9 @@ class Generation:
         Raises:
             TooLarge: the prompt leaves no room for an answer within `context_length`.
         """
-        room = context_length - len(prompt_ids)
-        if room < 1:
-            raise TooLarge(
-                f"the prompt has {len(prompt_ids)} tokens and this node's context is "
-                f"{context_length}: shorten it, or raise engine.context_length"
-            )
-        self.prompt_tokens = len(prompt_ids)
+        check_length(len(prompt.ids), context_length)
+        room = context_length - len(prompt.ids)
+        self.prompt_tokens = len(prompt.ids)
         self.submodel = submodel
         self.finish_reason: FinishReason | None = None
         self.completion_tokens = 0
@@ -60,11 +57,12 @@ class Generation:
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
         self._graphs = graphs
-        self._pending = np.asarray(prompt_ids, np.int64)
+        self._pending = np.asarray(prompt.ids, np.int64)
+        self._soft_rows = prompt.soft_rows
         self._chunk = prefill_chunk
         self._max_tokens = min(sampling.max_tokens, room)
-        self._cache = graphs.new_cache(len(prompt_ids) + self._max_tokens)
-        self._sampler = Sampler(sampling, prompt_ids)
+        self._cache = graphs.new_cache(len(prompt.ids) + self._max_tokens)
+        self._sampler = Sampler(sampling, prompt.ids)
         self._text = StreamingText(tokenizer, sampling.stop)
         self._eos = frozenset(graphs.bundle.manifest.tokens.eos)
 
@@ -86,7 +84,9 @@ class Generation:
         prefilling = self.prefilling
         submodel = self.submodel
         chunk, self._pending = self._pending[: self._chunk], self._pending[self._chunk :]
-        logits = self._graphs.run(chunk, self._cache, submodel, need_logits=not len(self._pending))
+        logits = self._graphs.run(
+            chunk, self._cache, submodel, not len(self._pending), self._take_soft_rows(chunk)
+        )
         piece = "" if logits is None else self._take(self._sampler.sample(logits), submodel)
         elapsed = time.monotonic() - start
         if prefilling:
@@ -98,6 +98,15 @@ class Generation:
     def cancel(self) -> str:
         """End the answer here; return the text that was held back."""
         return self._end("cancelled")
+
+    def _take_soft_rows(self, chunk: npt.NDArray[np.int64]) -> npt.NDArray[np.float32] | None:
+        """Return the rows for the soft tokens in `chunk`, None once the prompt's are used up."""
+        rows = self._soft_rows
+        if rows is None:
+            return None
+        count = np.count_nonzero(self._graphs.soft(chunk))
+        self._soft_rows = rows[count:] if count < len(rows) else None
+        return rows[:count]
 
     def _take(self, token: int, submodel: Submodel) -> str:
         if token in self._eos:
@@ -116,3 +125,12 @@ class Generation:
     def _end(self, reason: FinishReason) -> str:
         self.finish_reason = reason
         return self._text.finish()
+
+
+def check_length(tokens: int, context_length: int) -> None:
+    """Raise TooLarge if a prompt leaves no room for an answer within `context_length`."""
+    if tokens >= context_length:
+        raise TooLarge(
+            f"the prompt has {tokens} tokens and this node's context is {context_length}: shorten "
+            "it, or raise engine.context_length"
+        )

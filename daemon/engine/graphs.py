@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nestd.bundle.manifest import Bundle, Submodel
+from nestd.daemon.engine.encoders import hard_embeddings, soft_tokens
 from nestd.daemon.engine.kv_cache import KVCache
 from nestd.daemon.engine.messages import EngineOptions
 from nestd.daemon.engine.prepare import GRAPH, prepared_decoder
@@ -58,6 +59,11 @@ class Graphs:
             self._decoder = load_graph(prepared / GRAPH, options.threads)
             self._residency = Residency(prepared, self.model)
             self._residency.drop_all()
+        soft = soft_tokens(bundle)
+        self._soft_ids = np.array([item.soft_token for item in soft.values()], np.int64)
+        self._hard = {
+            item.first_hard_id: hard_embeddings(bundle, modality) for modality, item in soft.items()
+        }
         self._flags: dict[str, _Flags] = {}
         self._need = {flag: np.array([flag]) for flag in (False, True)}
 
@@ -77,15 +83,28 @@ class Graphs:
         return KVCache(self.model, capacity)
 
     def run(
-        self, ids: npt.NDArray[np.int64], cache: KVCache, submodel: Submodel, need_logits: bool
+        self,
+        ids: npt.NDArray[np.int64],
+        cache: KVCache,
+        submodel: Submodel,
+        need_logits: bool,
+        soft_rows: Floats | None = None,
     ) -> Floats | None:
         """Append the tokens `ids` [S] to `cache` on `submodel`.
+
+        Args:
+            ids: token ids; soft tokens among them stand for rows of `soft_rows`.
+            cache: what came before.
+            submodel: which layers run, and how wide.
+            need_logits: False skips what only logits need.
+            soft_rows: float32 [soft tokens in ids, hidden], from the encoders, in order.
 
         Returns:
             The last token's logits [vocab], or None unless `need_logits`.
 
         Raises:
-            ValueError: no ids, an id outside the vocabulary, or no room in the cache.
+            ValueError: no ids, an id outside the vocabulary, no room in the cache, or more or
+                fewer rows than soft tokens.
         """
         if not 0 < len(ids) <= cache.room:
             raise ValueError(f"{len(ids)} tokens do not fit a cache with room for {cache.room}")
@@ -94,7 +113,25 @@ class Graphs:
         batch = {"input_ids": ids[np.newaxis]}
         (embeds,) = self._embed_tokens.run(["inputs_embeds"], batch)
         (per_layer,) = self._per_layer_embeddings.run(["per_layer_inputs"], batch)
+        self._embed_media(ids, embeds[0], soft_rows)
         return self._decode(embeds, per_layer, cache, submodel, need_logits)
+
+    def soft(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return which of `ids` [S] are soft tokens: bool [S]."""
+        return np.isin(ids, self._soft_ids)
+
+    def _embed_media(
+        self, ids: npt.NDArray[np.int64], embeds: Floats, soft_rows: Floats | None
+    ) -> None:
+        """Put hard embeddings and encoders' rows in the place of tokens' embeddings [S, hidden]."""
+        for first, table in self._hard.items():
+            inside = (ids >= first) & (ids < first + len(table))
+            embeds[inside] = table[ids[inside] - first]
+        if soft_rows is not None:
+            places = np.flatnonzero(self.soft(ids))
+            if len(places) != len(soft_rows):
+                raise ValueError(f"{len(soft_rows)} rows for {len(places)} soft tokens")
+            embeds[places] = soft_rows
 
     def _decode(
         self,

@@ -1,4 +1,4 @@
-"""Prepared weights: the decoder with its matrices in the layout that this CPU's kernels want.
+"""Prepared weights: a graph with its matrices in the layout that this CPU's kernels want.
 
 ONNX Runtime rearranges ("prepacks") every quantised matrix when it loads a graph, into private
 memory: 4.6 GB for E4B at int8. Written to a file once, the rearranged matrices are mapped at the
@@ -7,7 +7,8 @@ any part that does not run.
 
 The files belong to one bundle, one ONNX Runtime version and one kind of CPU, so they are made on
 the device, at the first start and again when any of these changes. They hold the original matrices
-as well (ONNX Runtime compares): 2.1 times the decoder's bytes.
+as well (ONNX Runtime compares): 2.1 times the graph's bytes. The decoder is prepared when the
+engine starts, an encoder when it is needed for the first time.
 """
 
 from __future__ import annotations
@@ -51,21 +52,52 @@ def prepared_decoder(bundle: Bundle, directory: Path, threads: int | None) -> Pa
     Raises:
         BundleError: the disk is too small, or ONNX Runtime refuses the graph.
     """
-    key = _key(bundle)
-    target = directory / f"{bundle.manifest.name}-{key[:16]}"
-    if (target / PARTS).is_file():
-        return target
     needed = int(GROWTH * bundle.manifest.submodels[-1].decoder_bytes)
+    return _prepared(bundle, "decoder", ("decoder.", "embed_tokens."), needed, directory, threads)
+
+
+def prepared_encoder(bundle: Bundle, graph: str, directory: Path, threads: int | None) -> Path:
+    """Return the prepared graph file of an encoder, made now if it is not there.
+
+    Args:
+        bundle: what holds the encoder.
+        graph: its name, `audio_encoder` for example.
+        directory: where prepared weights are kept.
+        threads: intra-operator threads.
+
+    Raises:
+        BundleError: as `prepared_decoder`.
+    """
+    section = graph if graph in bundle.manifest.sections else graph.rpartition("_")[0]
+    needed = int(GROWTH * bundle.manifest.sections[section])
+    files = (f"{graph}.", f"{section}.")
+    return _prepared(bundle, graph, files, needed, directory, threads) / f"{graph}.onnx"
+
+
+def _prepared(
+    bundle: Bundle,
+    graph: str,
+    files: tuple[str, ...],
+    needed: int,
+    directory: Path,
+    threads: int | None,
+) -> Path:
+    """Return the directory with the prepared `graph`, which depends on the bundle's `files`."""
+    stem = bundle.manifest.name if graph == "decoder" else f"{bundle.manifest.name}-{graph}"
+    key = _key(bundle, files)
+    target = directory / f"{stem}-{key[:16]}"
+    if target.is_dir():
+        return target
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _remove_outdated(bundle, directory)
+        _remove_outdated(stem, directory)
         free = shutil.disk_usage(directory).free
         if needed > free:
             raise BundleError(
                 f"the prepared weights need {needed / 1e9:.1f} GB, {directory} has "
                 f"{free / 1e9:.1f} GB free: free some space, or set `weights: resident`"
             )
-        _make(bundle, directory, target, threads)
+        _make(bundle, graph, directory, target, threads)
     except OSError as error:
         remedy = "free some space" if error.errno == errno.ENOSPC else "make it writable"
         raise BundleError(
@@ -75,15 +107,16 @@ def prepared_decoder(bundle: Bundle, directory: Path, threads: int | None) -> Pa
     return target
 
 
-def _make(bundle: Bundle, directory: Path, target: Path, threads: int | None) -> None:
-    log.info("preparing weights for this CPU; this happens once for a bundle and takes a while")
+def _make(bundle: Bundle, graph: str, directory: Path, target: Path, threads: int | None) -> None:
+    log.info("preparing weights for this CPU (%s); this happens once and takes a while", graph)
     start = time.monotonic()
     staging = Path(tempfile.mkdtemp(prefix=".preparing-", dir=directory))
     try:
-        save_prepared(bundle.file(GRAPH), staging / GRAPH, staging / DATA, threads)
-        nested = bundle.manifest.model.nested_intermediate_size
-        parts = json.dumps(_parts(staging / GRAPH, nested))
-        (staging / PARTS).write_text(parts, encoding="ascii")
+        file = staging / f"{graph}.onnx"
+        save_prepared(bundle.file(file.name), file, staging / f"{graph}.data", threads)
+        if file.name == GRAPH:
+            parts = json.dumps(_parts(file, bundle.manifest.model.nested_intermediate_size))
+            (staging / PARTS).write_text(parts, encoding="ascii")
         staging.chmod(0o755)
         staging.rename(target)
     finally:
@@ -92,9 +125,9 @@ def _make(bundle: Bundle, directory: Path, target: Path, threads: int | None) ->
     log.info("weights prepared in %.0f s", time.monotonic() - start)
 
 
-def _key(bundle: Bundle) -> str:
-    files = bundle.manifest.files
-    parts = [files[name].sha256 for name in sorted(files) if name.startswith(("decoder", "embed"))]
+def _key(bundle: Bundle, files: tuple[str, ...]) -> str:
+    entries = bundle.manifest.files
+    parts = [entries[name].sha256 for name in sorted(entries) if name.startswith(files)]
     return hashlib.sha256("\n".join([*parts, VERSION, _cpu()]).encode()).hexdigest()
 
 
@@ -108,9 +141,9 @@ def _cpu() -> str:
     return "\n".join([platform.machine(), *sorted(set(features))])
 
 
-def _remove_outdated(bundle: Bundle, directory: Path) -> None:
-    """Remove what was prepared for this bundle's name under another key, and broken attempts."""
-    name = re.compile(re.escape(bundle.manifest.name) + r"-[0-9a-f]{16}")
+def _remove_outdated(stem: str, directory: Path) -> None:
+    """Remove what was prepared for the same graph under another key, and broken attempts."""
+    name = re.compile(re.escape(stem) + r"-[0-9a-f]{16}")
     for path in directory.iterdir():
         if path.name.startswith(".preparing-") or name.fullmatch(path.name):
             log.info("removing outdated prepared weights %s", path.name)

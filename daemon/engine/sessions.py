@@ -22,17 +22,20 @@ Session = Any  # ort.InferenceSession, which has no types
 SPIN_MICROSECONDS = "500"
 
 
-def load_graph(path: Path, threads: int | None) -> Session:
+def load_graph(path: Path, threads: int | None, arena: bool = True) -> Session:
     """Load one ONNX graph; its external data lie beside it.
 
     Args:
         path: the .onnx file.
         threads: intra-operator threads, None for ONNX Runtime's choice.
+        arena: keep the memory of activations for the next run; False gives it back after each.
 
     Raises:
         BundleError: ONNX Runtime cannot load it.
     """
-    return _session(path, _options(threads))
+    options = _options(threads)
+    options.enable_cpu_mem_arena = arena
+    return _session(path, options)
 
 
 def save_prepared(path: Path, graph: Path, data: Path, threads: int | None) -> None:

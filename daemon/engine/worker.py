@@ -2,7 +2,8 @@
 
 Started by `EngineProcess` as `python -m nestd.daemon.engine.worker FD BUNDLE OPTIONS`. One thread
 reads commands into a queue; the main thread takes them between two steps, so a cancel or a change
-of sub-model takes effect within one step. The process ends when its socket closes: it never
+of sub-model takes effect within one step. A third thread decodes and encodes pictures and sound, so
+that this holds meanwhile too. The process ends when its socket closes: it never
 outlives the daemon. It makes itself the kernel's preferred victim when memory runs out; the daemon
 starts another.
 """
@@ -17,15 +18,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import psutil
 
 from nestd.bundle.errors import BundleError, InsufficientMemory, RequestError
 from nestd.bundle.manifest import Bundle
-from nestd.daemon.engine.generate import Generation
+from nestd.daemon.engine.generate import Generation, check_length
 from nestd.daemon.engine.graphs import Graphs
+from nestd.daemon.engine.media import EncodedPrompt, MediaReader, media_of
 from nestd.daemon.engine.messages import (
     COMMANDS,
     Cancel,
@@ -35,6 +40,7 @@ from nestd.daemon.engine.messages import (
     Event,
     Failed,
     Finished,
+    KeepEncoders,
     LoadFailed,
     Ready,
     Retain,
@@ -51,20 +57,49 @@ STATS_SECONDS = 1.0
 # Of 1000: killed before the daemon and before most of what else runs on the board.
 OOM_SCORE_ADJ = "900"
 
-_log = logging.getLogger("nestd.engine")
+T = TypeVar("T")
+
+log = logging.getLogger("nestd.engine")
+
+
+class _Wake:
+    """Put into the inbox when the thread for media has done something."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A request whose media are being read."""
+
+    start: Start
+    began: float
+    prompt: Future[EncodedPrompt]
+    cancelled: threading.Event
 
 
 class Worker:
-    """The engine's state between two steps: what waits and what runs."""
+    """The engine's state between two steps: what waits and what runs.
+
+    `wake` is called from another thread when a step has become possible or encoders have changed.
+    """
 
     def __init__(
-        self, graphs: Graphs, prompt: Prompt, options: EngineOptions, send: Callable[[Event], None]
+        self,
+        graphs: Graphs,
+        prompt: Prompt,
+        options: EngineOptions,
+        send: Callable[[Event], None],
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._graphs = graphs
         self._prompt = prompt
         self._options = options
         self._send = send
+        self._wake = wake
+        self._media = MediaReader(graphs.bundle, prompt, options)
+        self._media_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="media")
+        self._crash: BaseException | None = None
         self._waiting: deque[Start] = deque()
+        self._reading: _Reading | None = None
         self._running: tuple[str, Generation, float] | None = None
         self._rates: tuple[float | None, float | None] = (None, None)
         self.submodel: str | None = None
@@ -72,7 +107,9 @@ class Worker:
     @property
     def busy(self) -> bool:
         """A step would do something."""
-        return bool(self._running or self._waiting)
+        if self._running or self._crash:
+            return True
+        return self._reading.prompt.done() if self._reading else bool(self._waiting)
 
     def handle(self, command: Command) -> None:
         """Take one command; its effect shows with the next step."""
@@ -84,15 +121,22 @@ class Worker:
             self._set_submodel(command)
         elif isinstance(command, Retain):
             self._graphs.retain(self._graphs.bundle.manifest.submodel(command.submodel))
+        elif isinstance(command, KeepEncoders):
+            self._submit(self._keep_encoders, command)
 
     def step(self) -> None:
         """Admit the next request, or run one step of the running one."""
-        if self._running is None:
-            self._admit(self._waiting.popleft())
-        else:
+        if self._crash is not None:
+            raise self._crash
+        if self._running is not None:
             request_id, generation, _ = self._running
             submodel = generation.submodel.name
             self._emit(request_id, generation, generation.step(), submodel)
+        elif self._reading is not None:
+            reading, self._reading = self._reading, None
+            self._begin(reading.start, reading.began, reading.prompt.result)
+        else:
+            self._admit(self._waiting.popleft())
 
     def stats(self) -> Stats:
         """Return memory and speed now; None where nothing has run yet."""
@@ -107,26 +151,39 @@ class Worker:
             decode_tokens_per_second=decode,
             prefill_tokens_per_second=prefill,
             submodel=self.submodel,
+            encoders=self._media.encoders.loaded,
         )
+
+    def close(self) -> None:
+        """Read no more media."""
+        self._media_thread.shutdown(wait=False, cancel_futures=True)
 
     def _admit(self, start: Start) -> None:
         began = time.monotonic()
-        full = self._options.context_length
-        context_length = min(full, start.context_length or full)
+        if media_of(start.messages):
+            cancelled = threading.Event()
+            prompt = self._submit(
+                self._media.read,
+                start.messages,
+                partial(self._check_length, start),
+                cancelled.is_set,
+            )
+            self._reading = _Reading(start, began, prompt, cancelled)
+        else:
+            self._begin(start, began, lambda: EncodedPrompt(self._prompt.encode(start.messages)))
+
+    def _begin(self, start: Start, began: float, read: Callable[[], EncodedPrompt]) -> None:
+        """Let the answer to `start` run, or say why it cannot."""
         try:
-            prompt_ids = self._prompt.encode(start.messages)
-            if context_length <= len(prompt_ids) < full:
-                raise InsufficientMemory(
-                    f"the prompt has {len(prompt_ids)} tokens and memory is short, which leaves a "
-                    f"context of {context_length} now: shorten it, or ask again later"
-                )
+            prompt = read()
+            self._check_length(start, len(prompt.ids))
             generation = Generation(
                 self._graphs,
                 self._prompt.tokenizer,
-                prompt_ids,
+                prompt,
                 start.sampling,
                 self._graphs.bundle.manifest.submodel(start.submodel),
-                context_length,
+                self._context_length(start),
                 self._options.prefill_chunk,
             )
         except RequestError as error:
@@ -134,33 +191,60 @@ class Worker:
             return
         self._running = (start.id, generation, time.monotonic() - began)
 
+    def _context_length(self, start: Start) -> int:
+        full = self._options.context_length
+        return min(full, start.context_length or full)
+
+    def _check_length(self, start: Start, tokens: int) -> None:
+        """Raise if a prompt of `tokens` leaves no room for an answer."""
+        context_length = self._context_length(start)
+        if context_length <= tokens < self._options.context_length:
+            raise InsufficientMemory(
+                f"the prompt has {tokens} tokens and memory is short, which leaves a context of "
+                f"{context_length} now: shorten it, or ask again later"
+            )
+        check_length(tokens, context_length)
+
+    def _keep_encoders(self, command: KeepEncoders) -> None:
+        self._media.keep(command.keep)
+        for modality in command.load:
+            try:
+                self._media.encoders.load(modality)
+            except BundleError as error:
+                log.error("cannot load the %s encoder: %s", modality, error)
+
+    def _submit(self, function: Callable[..., T], *args: object) -> Future[T]:
+        """Run `function` on the thread for media; what it raises unforeseen ends the engine."""
+        future = self._media_thread.submit(function, *args)
+        future.add_done_callback(self._finished)
+        return future
+
+    def _finished(self, future: Future[Any]) -> None:
+        if not future.cancelled() and not isinstance(future.exception(), RequestError | None):
+            self._crash = future.exception()
+        self._wake()
+
     def _cancel(self, request_id: str) -> None:
         if self._running and self._running[0] == request_id:
             generation = self._running[1]
             self._emit(request_id, generation, generation.cancel(), generation.submodel.name)
-            return
-        for start in self._waiting:
-            if start.id == request_id:
+        elif self._reading and self._reading.start.id == request_id:
+            self._reading.cancelled.set()
+            self._reading = None
+            self._send(_nothing(request_id))
+        else:
+            for start in [start for start in self._waiting if start.id == request_id]:
                 self._waiting.remove(start)
-                timings = Timings(encode_ms=0, prefill_ms=0, decode_ms=0)
-                self._send(
-                    Finished(
-                        id=request_id,
-                        text="",
-                        finish_reason="cancelled",
-                        prompt_tokens=0,
-                        completion_tokens=0,
-                        switches=(),
-                        timings=timings,
-                    )
-                )
-                return
+                self._send(_nothing(request_id))
 
     def _set_submodel(self, command: SetSubmodel) -> None:
         """Change the running answer and those that wait; an unknown name is the daemon's bug."""
         submodel = self._graphs.bundle.manifest.submodel(command.submodel)
         if self._running and command.id in (None, self._running[0]):
             self._running[1].submodel = submodel
+        if self._reading and command.id in (None, self._reading.start.id):
+            start = self._reading.start.model_copy(update={"submodel": submodel.name})
+            self._reading = replace(self._reading, start=start)
         for index, start in enumerate(self._waiting):
             if command.id in (None, start.id):
                 self._waiting[index] = start.model_copy(update={"submodel": submodel.name})
@@ -206,6 +290,19 @@ class Worker:
         self._rates = (prefill, decode)
 
 
+def _nothing(request_id: str) -> Finished:
+    """The end of a request that was cancelled before its first step."""
+    return Finished(
+        id=request_id,
+        text="",
+        finish_reason="cancelled",
+        prompt_tokens=0,
+        completion_tokens=0,
+        switches=(),
+        timings=Timings(encode_ms=0, prefill_ms=0, decode_ms=0),
+    )
+
+
 def serve(channel: socket.socket, bundle_path: Path, options: EngineOptions) -> int:
     """Load the bundle and answer commands until `Stop` or the end of the socket."""
     reader = channel.makefile("rb")
@@ -216,15 +313,17 @@ def serve(channel: socket.socket, bundle_path: Path, options: EngineOptions) -> 
         writer.flush()
 
     began = time.monotonic()
+    inbox: queue.SimpleQueue[Command | _Wake | None] = queue.SimpleQueue()
     try:
         bundle = Bundle.open(bundle_path)
-        worker = Worker(Graphs(bundle, options), Prompt(bundle), options, send)
+        worker = Worker(
+            Graphs(bundle, options), Prompt(bundle), options, send, lambda: inbox.put(_Wake())
+        )
     except BundleError as error:
         send(LoadFailed(message=str(error)))
         return 1
     send(Ready(load_seconds=time.monotonic() - began, context_length=options.context_length))
 
-    inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(reader, inbox), daemon=True).start()
     next_stats = 0.0
     while True:
@@ -235,14 +334,16 @@ def serve(channel: socket.socket, bundle_path: Path, options: EngineOptions) -> 
         while idle or not inbox.empty():
             command = inbox.get()
             if command is None or isinstance(command, Stop):
+                worker.close()
                 return 0
-            worker.handle(command)
+            if not isinstance(command, _Wake):
+                worker.handle(command)
             idle = False
         if worker.busy:
             worker.step()
 
 
-def _read(reader: BinaryIO, inbox: queue.SimpleQueue[Command | None]) -> None:
+def _read(reader: BinaryIO, inbox: queue.SimpleQueue[Command | _Wake | None]) -> None:
     try:
         for line in reader:
             inbox.put(COMMANDS.validate_json(line))
@@ -256,7 +357,7 @@ def _prefer_as_oom_victim() -> None:
     try:
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE_ADJ, encoding="ascii")
     except OSError as error:
-        _log.warning("cannot become the preferred victim when memory runs out: %s", error)
+        log.warning("cannot become the preferred victim when memory runs out: %s", error)
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from nestd.bundle.errors import ConfigError
@@ -14,6 +15,8 @@ RECEIVE_MARGIN = 4
 # The broker silently drops what is over our Maximum Packet Size, so it is well above the largest
 # payload that is allowed: what lies between the two is answered 413.
 PACKET_MARGIN = 8
+# Chunks of blobs are large and are acknowledged at once, so few need to be on their way.
+BLOB_RECEIVE_MAXIMUM = 4
 MAX_PACKET = 268_435_460
 
 
@@ -27,6 +30,17 @@ def node_options(settings: Settings) -> TransportOptions:
         session_expiry_interval=mqtt.session_expiry_s,
         receive_maximum=min(65535, settings.limits.queue + RECEIVE_MARGIN),
         maximum_packet_size=min(MAX_PACKET, PACKET_MARGIN * mqtt.max_payload_bytes),
+    )
+
+
+def blob_options(settings: Settings) -> TransportOptions:
+    """How the daemon connects for blobs: a second session beside that of `node_options`."""
+    options = node_options(settings)
+    return replace(
+        options,
+        client_id=f"{options.client_id}-blobs",
+        receive_maximum=BLOB_RECEIVE_MAXIMUM,
+        maximum_packet_size=min(MAX_PACKET, 2 * settings.mqtt.max_payload_bytes),
     )
 
 

@@ -6,14 +6,17 @@ schemas. Unknown keys are errors. Reading bytes into a model is `parse.py`'s bus
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from nestd.daemon.engine.messages import FinishReason, Role
 
 MAX_ID = 128
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID, pattern=r"^[\x21-\x7e]+$")]
+# It becomes the name of a file, so no dots and no slashes.
+BlobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Effort = Literal["low", "auto", "high"]
 
 
@@ -32,22 +35,45 @@ class TextPart(_Model):
 
 
 class MediaPart(_Model):
-    """A medium, as base64 `data` or as the id of an uploaded blob."""
+    """A medium: base64 `data`, the id of an uploaded `blob`, or the message's own `payload`.
+
+    `detail` chooses the size that a picture, or each frame of a video, is scaled to.
+    """
 
     type: Literal["image", "audio", "video"]
     data: str | None = None
-    blob: str | None = None
-    content_type: str | None = None
+    blob: BlobId | None = None
+    payload: bool = False
+    content_type: Annotated[str, Field(max_length=256)] | None = None
+    detail: Literal["low", "auto", "high"] = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if [self.data is not None, self.blob is not None, self.payload].count(True) != 1:
+            raise ValueError("give exactly one of data, blob and payload")
+        return self
 
 
 Part = Annotated[TextPart | MediaPart, Field(discriminator="type")]
+
+
+def _kind_of_content(content: object) -> str:
+    return "text" if isinstance(content, str) else PARTS
+
+
+# In the place of an error it says no more than `content` does.
+PARTS = "parts"
+Content = Annotated[
+    Annotated[str, Tag("text")] | Annotated[tuple[Part, ...], Tag(PARTS)],
+    Discriminator(_kind_of_content),
+]
 
 
 class RequestMessage(_Model):
     """One turn: a plain string or a list of parts."""
 
     role: Role
-    content: str | tuple[Part, ...]
+    content: Content
 
 
 class ResponseFormat(_Model):
@@ -187,7 +213,7 @@ class SubmodelRequest(_Model):
 
 
 class ModalityRequest(_Model):
-    """Load or unload an encoder."""
+    """Load an encoder now, or forbid it until it is enabled again."""
 
     transaction: str | int | None = None
     reply_to: str | None = None
@@ -202,8 +228,28 @@ class HealthRequest(_Model):
     reply_to: str | None = None
 
 
+class BlobInit(_Model):
+    """`<b>/blob/<id>/init`: announce a blob. `reply_to` holds for its chunks too."""
+
+    transaction: str | int | None = None
+    reply_to: str | None = None
+    size: Annotated[int, Field(gt=0)]
+    content_type: Annotated[str, Field(max_length=256)] | None = None
+    sha256: Sha256 | None = None
+    expires_in: Annotated[float, Field(gt=0)] | None = None
+
+
+class BlobFin(_Model):
+    """`<b>/blob/<id>/fin`: the blob is whole, and this is what it should be."""
+
+    transaction: str | int | None = None
+    reply_to: str | None = None
+    size: Annotated[int, Field(gt=0)]
+    sha256: Sha256
+
+
 class ControlError(_Model):
-    """Why a control request failed."""
+    """Why a control request or an upload failed."""
 
     code: str
     status: int
@@ -211,7 +257,7 @@ class ControlError(_Model):
 
 
 class ControlReply(_Model):
-    """The reply to a control request; `transaction` is the request's own."""
+    """The reply to a control request or an upload; `transaction` is the request's own."""
 
     transaction: str | int | None
     ok: bool
@@ -320,6 +366,22 @@ class InfoLimits(_Model):
     maximum_expiry_seconds: float
 
 
+class InfoMedia(_Model):
+    """What media a client may send; `image_size` is what `detail: auto` means."""
+
+    max_bytes: int
+    max_pixels: int
+    max_audio_seconds: float
+    max_video_seconds: float
+    max_video_frames: int
+    max_per_request: int
+    image_sizes: tuple[int, ...]
+    image_size: int | None
+    store_bytes: int
+    max_blobs: int
+    blob_expiry_seconds: float
+
+
 class InfoSubmodel(_Model):
     """One size of the bundle; a `rung` is one that no smaller one equals."""
 
@@ -331,7 +393,10 @@ class InfoSubmodel(_Model):
 
 
 class Info(_Model):
-    """What the node is; changes only when it starts anew or loads another bundle."""
+    """What the node is; changes only when it starts anew or loads another bundle.
+
+    `media` is null where the bundle takes text only.
+    """
 
     node: str
     boot: str
@@ -340,13 +405,14 @@ class Info(_Model):
     submodels: tuple[InfoSubmodel, ...]
     modalities: tuple[str, ...]
     limits: InfoLimits
+    media: InfoMedia | None
     config: dict[str, Any]
     schemas: dict[str, Any]
 
 
 PUBLIC: tuple[type[BaseModel], ...] = (
     Request, Accepted, Delta, Done, Error,
-    CancelRequest, SubmodelRequest, ModalityRequest, HealthRequest, ControlReply,
+    CancelRequest, SubmodelRequest, ModalityRequest, HealthRequest, BlobInit, BlobFin, ControlReply,
     Availability, State, Health, Info,
 )  # fmt: skip
 

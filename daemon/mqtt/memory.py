@@ -22,7 +22,7 @@ from nestd.daemon.mqtt.packets import (
     Subscription,
     TransportEvent,
 )
-from nestd.daemon.mqtt.topics import matches
+from nestd.daemon.mqtt.topics import SHARE, matches
 
 
 class MemoryTransport:
@@ -59,6 +59,10 @@ class MemoryTransport:
     def subscribe(self, subscriptions: list[Subscription]) -> None:
         """Remember the filters; `deliver` keeps to them."""
         self.subscriptions = list(subscriptions)
+
+    def unsubscribe(self, topic_filters: list[str]) -> None:
+        """Forget filters."""
+        self.subscriptions = [s for s in self.subscriptions if s.topic_filter not in topic_filters]
 
     def publish(self, message: Message) -> int | None:
         """Take `message` and return its mid, or None if offline or full."""
@@ -127,7 +131,7 @@ class MemoryTransport:
         Raises:
             LookupError: it has not.
         """
-        granted = [s.qos for s in self.subscriptions if matches(s.topic_filter, topic)]
+        granted = [s.qos for s in self.subscriptions if matches(_plain(s.topic_filter), topic)]
         if not granted:
             raise LookupError(f"no subscription matches {topic}")
         data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
@@ -147,3 +151,8 @@ class MemoryTransport:
     def events(self, topic: str) -> list[dict[str, Any]]:
         """Return the JSON objects that the node has published on `topic`."""
         return [json.loads(m.payload) for m in self.published if m.topic == topic]
+
+
+def _plain(topic_filter: str) -> str:
+    """Return the filter of a shared subscription without its group."""
+    return topic_filter.split("/", 2)[2] if topic_filter.startswith(f"{SHARE}/") else topic_filter

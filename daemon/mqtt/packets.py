@@ -136,6 +136,9 @@ class Transport(Protocol):
     def subscribe(self, subscriptions: list[Subscription]) -> None:
         """Send a SUBSCRIBE."""
 
+    def unsubscribe(self, topic_filters: list[str]) -> None:
+        """Send an UNSUBSCRIBE."""
+
     def publish(self, message: Message) -> int | None:
         """Send `message` and return its mid, or None if it was not taken (no connection, full)."""
 

@@ -10,22 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from nestd.bundle.errors import (
-    BadRequest,
-    ModalityUnavailable,
-    RequestError,
-    TooLarge,
-    UnsupportedMedia,
-)
-from nestd.daemon.engine.messages import ChatMessage
-from nestd.daemon.mqtt.contract import MAX_ID, MediaPart, Request, RequestMessage
+from nestd.bundle.errors import BadRequest, RequestError, TooLarge, UnsupportedMedia
+from nestd.daemon.mqtt.contract import MAX_ID, PARTS, MediaPart, Request, RequestMessage
 from nestd.daemon.mqtt.packets import Received
-from nestd.daemon.mqtt.topics import Topics, Verb, client_of
+from nestd.daemon.mqtt.topics import Answering, Topics, client_of
+from nestd.daemon.prompt.media import CONTENT_TYPES, FORMATS, MediaKind
 
 JSON_TYPE = "application/json"
 
@@ -46,6 +41,15 @@ class ParseLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class RawMedium:
+    """A medium that came as the payload of its message."""
+
+    kind: MediaKind
+    content_type: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Envelope:
     """Where an answer goes.
 
@@ -54,6 +58,7 @@ class Envelope:
         problem: what is wrong with the message, or None.
         fields: the JSON object with user properties laid over it; empty if there is a problem.
         fingerprint: tells two payloads under the same id apart.
+        medium: the payload, where it is a medium and not JSON.
     """
 
     response_topic: str
@@ -63,6 +68,7 @@ class Envelope:
     problem: RequestError | None
     fields: dict[str, Any]
     fingerprint: bytes
+    medium: RawMedium | None = None
 
 
 def check_depth(payload: bytes, limit: int) -> None:
@@ -85,10 +91,7 @@ def read_json(payload: bytes, limits: ParseLimits) -> dict[str, Any]:
         TooLarge: more bytes than allowed.
         BadRequest: not a JSON object, or nested too deeply.
     """
-    if len(payload) > limits.max_bytes:
-        raise TooLarge(
-            f"the payload has {len(payload)} bytes, the limit is {limits.max_bytes}: send less"
-        )
+    check_size(payload, limits)
     check_depth(payload, limits.max_depth)
     try:
         fields = json.loads(payload, parse_constant=_no_constant)
@@ -99,20 +102,36 @@ def read_json(payload: bytes, limits: ParseLimits) -> dict[str, Any]:
     return fields
 
 
+def check_size(payload: bytes, limits: ParseLimits) -> None:
+    """Raise TooLarge if a message has more bytes than allowed."""
+    if len(payload) > limits.max_bytes:
+        raise TooLarge(
+            f"the payload has {len(payload)} bytes, the limit is {limits.max_bytes}: send less, or "
+            "a large medium as a blob"
+        )
+
+
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def read_envelope(received: Received, verb: Verb, topics: Topics, limits: ParseLimits) -> Envelope:
+def read_envelope(
+    received: Received, verb: Answering, topics: Topics, limits: ParseLimits
+) -> Envelope:
     """Find out where the answer to `received` goes; never raises on account of its content."""
     fields: dict[str, Any] = {}
     problem: RequestError | None = None
+    medium = _raw_medium(received) if verb == "generate" else None
     try:
-        if received.content_type not in (None, "", JSON_TYPE):
+        if medium is not None:
+            check_size(received.payload, limits)
+        elif received.content_type not in (None, "", JSON_TYPE):
             raise UnsupportedMedia(
-                f"content type {received.content_type!r} is not supported: send {JSON_TYPE}"
+                f"content type {received.content_type!r} is not supported: send {JSON_TYPE}, or a "
+                "medium with its own, for example image/jpeg"
             )
-        fields = read_json(received.payload, limits)
+        else:
+            fields = read_json(received.payload, limits)
     except RequestError as error:
         problem = error
     fields = _overlay(fields, received.user_properties)
@@ -134,8 +153,18 @@ def read_envelope(received: Received, verb: Verb, topics: Topics, limits: ParseL
         id=own_id if _is_id(own_id) else _id_of_correlation(received.correlation_data),
         problem=problem,
         fields={} if problem else fields,
-        fingerprint=_fingerprint(received),
+        fingerprint=_fingerprint(received, medium),
+        medium=None if problem else medium,
     )
+
+
+def _raw_medium(received: Received) -> RawMedium | None:
+    """Return the payload if its Content Type is that of a medium."""
+    stated = (received.content_type or "").partition(";")[0].strip().lower()
+    for kind, formats in FORMATS.items():
+        if CONTENT_TYPES.get(stated) in formats:
+            return RawMedium(kind, stated, received.payload)
+    return None
 
 
 def _overlay(
@@ -166,8 +195,10 @@ def _id_of_correlation(correlation_data: bytes | None) -> str | None:
     return hashlib.sha256(correlation_data).hexdigest()
 
 
-def _fingerprint(received: Received) -> bytes:
+def _fingerprint(received: Received, medium: RawMedium | None) -> bytes:
     digest = hashlib.sha256(received.payload)
+    if medium is not None:
+        digest.update(medium.content_type.encode())
     for pair in received.user_properties:
         digest.update(json.dumps(pair).encode())
     return digest.digest()
@@ -188,7 +219,10 @@ def read_request(envelope: Envelope, limits: ParseLimits) -> Request:
             fields = {**fields, "messages": json.loads(fields["messages"])}
         except (ValueError, RecursionError) as error:
             raise BadRequest(f"messages is not valid JSON: {error}") from error
+    if envelope.medium is not None:
+        fields = _spell_out(fields, envelope.medium)
     request = _validate(Request, fields)
+    _check_payload_parts(request, envelope.medium)
     size = sum(len(text) for message in request.messages for text in _texts(message))
     if size > limits.max_prompt_chars:
         raise TooLarge(
@@ -198,11 +232,48 @@ def read_request(envelope: Envelope, limits: ParseLimits) -> Request:
     return request
 
 
+def _spell_out(fields: dict[str, Any], medium: RawMedium) -> dict[str, Any]:
+    """Turn `prompt` beside a medium into messages: the medium first, then the text."""
+    if ("messages" in fields) == ("prompt" in fields):
+        raise BadRequest(
+            "the payload is a medium: give either prompt or messages as a user property"
+        )
+    if "messages" in fields:
+        return fields
+    parts = [
+        {"type": medium.kind, "payload": True},
+        {"type": "text", "text": fields["prompt"]},
+    ]
+    rest = {name: value for name, value in fields.items() if name != "prompt"}
+    return rest | {"messages": [{"role": "user", "content": parts}]}
+
+
+def _check_payload_parts(request: Request, medium: RawMedium | None) -> None:
+    """Raise BadRequest unless one part stands for the medium in the payload, if there is one."""
+    count = sum(part.payload for part in media_parts(request.messages))
+    if medium is None and count:
+        raise BadRequest(
+            "a part refers to the payload, but the payload is JSON: send the medium's bytes with "
+            "its Content Type and the rest in user properties, or use data or blob"
+        )
+    if medium is not None and count != 1:
+        raise BadRequest(
+            f"the payload is a medium and {count} parts refer to it: one must have "
+            '"payload": true (or give prompt in place of messages)'
+        )
+
+
 def read_control(model: type[_ModelT], envelope: Envelope) -> _ModelT:
     """Return the control request in `envelope`, or raise RequestError."""
     if envelope.problem is not None:
         raise envelope.problem
     return _validate(model, envelope.fields)
+
+
+def transaction_of(envelope: Envelope) -> str | int | None:
+    """Return the client's own word for its control request, which goes back with the reply."""
+    transaction = envelope.fields.get("transaction")
+    return transaction if isinstance(transaction, str | int) else None
 
 
 def _validate(model: type[_ModelT], fields: dict[str, Any]) -> _ModelT:
@@ -215,14 +286,15 @@ def _validate(model: type[_ModelT], fields: dict[str, Any]) -> _ModelT:
 def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     """Describe the first problem without quoting any value: prompts do not belong in errors."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part) for part in first["loc"] if part != PARTS)
     if first["type"] == "extra_forbidden":
         if len(first["loc"]) == 1:
             return f"unknown key {where!r}: the keys are {', '.join(sorted(model.model_fields))}"
         return f"unknown key {where!r}: leave it out"
     if first["type"] == "missing":
         return f"{where} is missing: add it"
-    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[0].lower()}{message[1:]}"
 
 
 def _texts(message: RequestMessage) -> list[str]:
@@ -231,22 +303,8 @@ def _texts(message: RequestMessage) -> list[str]:
     return [part.text for part in message.content if not isinstance(part, MediaPart)]
 
 
-def chat_messages(request: Request) -> tuple[ChatMessage, ...]:
-    """Return the request's messages as the engine takes them.
-
-    Raises:
-        ModalityUnavailable: a part is an image, a sound or a video; this bundle has no encoder.
-    """
-    for message in request.messages:
-        if isinstance(message.content, str):
-            continue
-        for part in message.content:
-            if isinstance(part, MediaPart):
-                raise ModalityUnavailable(
-                    f"this bundle takes text only: leave the {part.type} out, or ask a node whose "
-                    "info lists the modality"
-                )
-    return tuple(
-        ChatMessage(role=message.role, content="".join(_texts(message)))
-        for message in request.messages
-    )
+def media_parts(messages: Iterable[RequestMessage]) -> Iterator[MediaPart]:
+    """Yield the pictures, clips and videos of a request, in their order."""
+    for message in messages:
+        if not isinstance(message.content, str):
+            yield from (part for part in message.content if isinstance(part, MediaPart))

@@ -12,8 +12,11 @@ from nestd.bundle.errors import BadRequest, ConfigError
 
 VERSION = "v1"
 Verb = Literal["generate", "cancel", "submodel", "modality", "health"]
+# Who answers: the verb of a request, or the reception of blobs.
+Answering = Verb | Literal["blob"]
 CONTROL_VERBS: tuple[Verb, ...] = ("cancel", "submodel", "modality", "health")
 CLIENTS = "clients"
+SHARE = "$share"
 MAX_TOPIC_BYTES = 256
 
 
@@ -35,11 +38,13 @@ class Topics:
         prefix: first levels, `nestd` by default.
         node: the node's own level.
         response_topics: topic filters that a Response Topic may match besides `clients/+/#`.
+        pools: names of groups of nodes; a request to one goes to any of its nodes.
     """
 
     prefix: str
     node: str
     response_topics: tuple[str, ...] = ()
+    pools: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for level in self.prefix.split("/"):
@@ -75,16 +80,33 @@ class Topics:
         """Where requests of this kind come in."""
         return f"{self.base}/request/{verb}"
 
-    def response(self, verb: Verb) -> str:
+    def response(self, verb: Answering) -> str:
         """Where the reply goes if the request names no Response Topic."""
         return f"{self.base}/response/{verb}"
 
     def verb_of(self, topic: str) -> Verb | None:
-        """Return the verb of a request topic of this node, or None."""
+        """Return the verb of a request topic of this node or of one of its pools, or None."""
+        if any(topic == pool_request(self.prefix, pool) for pool in self.pools):
+            return "generate"
         head, _, verb = topic.rpartition("/")
         if head != f"{self.base}/request":
             return None
         return next((known for known in get_args(Verb) if known == verb), None)
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The topic filters by which the nodes of each pool share its requests."""
+        return tuple(f"{SHARE}/{pool}/{pool_request(self.prefix, pool)}" for pool in self.pools)
+
+    @property
+    def blobs(self) -> str:
+        """The topic filter of all messages about blobs."""
+        return f"{self.base}/blob/+/+"
+
+    def blob_of(self, topic: str) -> tuple[str, str]:
+        """Return the blob's id, unchecked, and the last level of a topic that matches `blobs`."""
+        _, blob_id, step = topic.rsplit("/", 2)
+        return blob_id, step
 
     def check_response_topic(self, topic: str) -> str:
         """Return `topic` if we may answer there (delivery rule 7).
@@ -109,6 +131,11 @@ class Topics:
                 "choose a response topic there"
             )
         return topic
+
+
+def pool_request(prefix: str, pool: str) -> str:
+    """Return where requests to any node of `pool` come in."""
+    return f"{prefix}/{VERSION}/pool/{pool}/request/generate"
 
 
 def client_of(response_topic: str) -> str:

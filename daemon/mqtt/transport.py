@@ -126,6 +126,10 @@ class PahoTransport:
         else:
             self._client.subscribe([(item.topic_filter, item.qos) for item in subscriptions])
 
+    def unsubscribe(self, topic_filters: list[str]) -> None:
+        """Send an UNSUBSCRIBE."""
+        self._client.unsubscribe(topic_filters)
+
     def publish(self, message: Message) -> int | None:
         """Send `message` and return its mid, or None if it was not taken (no connection, full)."""
         if not self._accepted:

@@ -10,6 +10,7 @@ import pytest
 from nestd.bundle.manifest import Bundle
 from nestd.conversion.convert import ConvertOptions, convert
 from support.tiny import write_checkpoint
+from support.tiny_media import add_media
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +22,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     destination = tmp_path_factory.mktemp("tiny_bundle") / "bundle"
     return convert(str(tiny_checkpoint), destination, ConvertOptions(), io.StringIO())
+
+
+@pytest.fixture(scope="session")
+def media_bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny bundle with encoders."""
+    return add_media(tiny_bundle, tmp_path_factory.mktemp("media_bundle") / "media")

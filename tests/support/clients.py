@@ -20,6 +20,11 @@ PATIENCE = 30.0
 ECHO_DAEMON = Path(__file__).with_name("echo_daemon.py")
 
 
+def nestd(*arguments: str) -> list[str]:
+    """Return the command line of the installed `nestd`."""
+    return [str(Path(sys.executable).with_name("nestd")), *arguments]
+
+
 class Listener:
     """A raw MQTT client that queues what it receives."""
 

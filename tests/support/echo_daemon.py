@@ -1,6 +1,8 @@
 """A daemon process with real MQTT and real signals, and an engine that echoes.
 
 python tests/support/echo_daemon.py PORT NODE [KEY=VALUE ...]
+
+A state_directory among the settings gives the bundle encoders.
 """
 
 import logging
@@ -12,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from nestd.bundle.errors import NestdError
 from nestd.daemon.config import load_settings, parse_assignments
 from nestd.daemon.logs import configure
-from nestd.daemon.mqtt.connect import node_options
+from nestd.daemon.mqtt.connect import blob_options, node_options
 from nestd.daemon.mqtt.transport import PahoTransport
 from nestd.daemon.service import Daemon, Parts
 from support.engine import EchoEngine, small_manifest
@@ -25,13 +27,15 @@ def main() -> int:
     settings = load_settings(None, "generic", overrides | parse_assignments(assignments), {})
     configure("debug", settings.log_format)
     options = node_options(settings)
+    uploads = blob_options(settings)
     parts = Parts(
         make_transport=lambda make_will: PahoTransport(options, make_will),
         make_engine=EchoEngine,
+        make_blob_transport=lambda: PahoTransport(uploads),
         board=FakeBoard(),
     )
     try:
-        Daemon(settings, small_manifest(), parts).run()
+        Daemon(settings, small_manifest(settings.state_directory is not None), parts).run()
     except NestdError as error:
         logging.error("%s", error)
         return 2

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 
-from nestd.bundle.manifest import Manifest
+from nestd.bundle.manifest import Manifest, Modality
 from nestd.daemon.engine.messages import (
     Cancel,
+    ChatMessage,
     Command,
     Delta,
     Event,
     Exited,
     Failed,
     Finished,
+    KeepEncoders,
     LoadFailed,
+    MediaContent,
     Ready,
     Retain,
     SetSubmodel,
@@ -63,7 +67,7 @@ class FakeEngine:
         self.alive = False
         self.emit(Exited(returncode=returncode))
 
-    def stats(self) -> None:
+    def stats(self, encoders: tuple[Modality, ...] = ()) -> None:
         self.emit(
             Stats(
                 rss_bytes=1,
@@ -71,6 +75,7 @@ class FakeEngine:
                 decode_tokens_per_second=20.0,
                 prefill_tokens_per_second=200.0,
                 submodel="small",
+                encoders=encoders,
             )
         )
 
@@ -85,6 +90,10 @@ class FakeEngine:
     @property
     def switches(self) -> list[SetSubmodel]:
         return [c for c in self.commands if isinstance(c, SetSubmodel)]
+
+    @property
+    def keeps(self) -> list[KeepEncoders]:
+        return [c for c in self.commands if isinstance(c, KeepEncoders)]
 
     @property
     def retained(self) -> list[str]:
@@ -124,6 +133,7 @@ class FakeEngine:
 class EchoEngine(FakeEngine):
     """Answers by itself: streams the words of the last message, and honours cancel at once.
 
+    A medium is told as its type, the length of its file and the pixels asked for.
     The message `wait` gets no answer, `die` ends the engine, `die once` only the first time.
     """
 
@@ -136,7 +146,7 @@ class EchoEngine(FakeEngine):
     def send(self, command: Command) -> None:
         super().send(command)
         if isinstance(command, Start):
-            text = command.messages[-1].content
+            text = _told(command.messages[-1])
             if text == "wait":
                 return
             if text == "die" or (text == "die once" and not EchoEngine.died):
@@ -151,9 +161,30 @@ class EchoEngine(FakeEngine):
             self.finish("", "cancelled", start)
 
 
-def small_manifest() -> Manifest:
+def _told(message: ChatMessage) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    words = []
+    for part in message.content:
+        if isinstance(part, MediaContent):
+            data = part.path.read_bytes()
+            assert hashlib.sha256(data).hexdigest() == part.sha256
+            words.append(f"{part.type}:{len(data)}:{part.size}")
+        else:
+            words.append(part.text)
+    return " ".join(words)
+
+
+def small_manifest(encoders: bool = False) -> Manifest:
     """A manifest with the sub-models small, half and full; no files."""
     layers = 4
+    ids = {"begin": 20, "soft_token": 21, "end": 22, "first_hard_id": 21, "hard_ids": 1}
+    media = {
+        "modalities": ["text", "vision", "audio"],
+        "sections": {"decoder": 1, "vision_encoder": 100 * 2**20, "audio_encoder": 300 * 2**20},
+        "vision": ids | {"count": 4, "sizes": [256, 512, 768]},
+        "audio": ids | {"count": 3},
+    }
     return Manifest.model_validate(
         {
             "format_version": 1,
@@ -207,4 +238,5 @@ def small_manifest() -> Manifest:
             "minimum_ram_bytes": 1,
             "files": {},
         }
+        | (media if encoders else {})
     )

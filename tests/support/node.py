@@ -53,20 +53,24 @@ class FakeBoard:
 class Node:
     """The daemon, its transport, its engines (the last is `engine`), its board and a clock."""
 
-    def __init__(self, **overrides: object) -> None:
+    def __init__(self, encoders: bool = False, **overrides: object) -> None:
+        """With `encoders` the bundle sees and hears: give a `state_directory` then."""
         self.now = 1000.0
         self.board = FakeBoard()
         self.engines: list[FakeEngine] = []
         self.transport = MemoryTransport()
+        self.uploads = MemoryTransport()
         settings = settings_for_tests(**overrides)
         parts = Parts(
             make_transport=self._make_transport,
             make_engine=self._make_engine,
+            make_blob_transport=lambda: self.uploads,
             board=self.board,
             clock=lambda: self.now,
+            wall_clock=lambda: self.now,
             notifier=Notifier(""),
         )
-        self.daemon = Daemon(settings, small_manifest(), parts)
+        self.daemon = Daemon(settings, small_manifest(encoders), parts)
         self.base = self.daemon.topics.base
 
     def _make_transport(self, make_will: MakeWill) -> Transport:
@@ -96,6 +100,7 @@ class Node:
         """Start, connect, and let the engine be ready."""
         self.daemon.startup()
         self.transport.connect(session_present=False)
+        self.uploads.connect(session_present=False)
         self.engine.ready()
         self.settle()
         return self
