@@ -26,6 +26,7 @@ COMMANDS: tuple[str, ...] = (
     "plan",
     "profiles",
     "run",
+    "schema",
     "watch",
 )
 

@@ -225,15 +225,19 @@ def _controls(topics: Topics, manifest: Manifest) -> Entities:
             "ops": ["auto", *(item.name for item in manifest.submodels)],
         }
     }
+    if manifest.modalities != ("text",):
+        encoders = "modalities | reject('eq', 'text') | join(', ') or 'none'"
+        controls["encoders"] = _sensor("Loaded encoders", topics.state, encoders, "mdi:import")
     for modality in manifest.modalities:
         if modality != "text":
+            is_off = f"'{modality}' in value_json.modalities_off"
             command = f"{{{{ {{'modality': '{modality}', 'enabled': value == 'ON'}} | to_json }}}}"
             controls[modality] = {
                 "p": "switch",
                 "name": modality.capitalize(),
                 "ic": _ICONS[modality],
                 "stat_t": topics.state,
-                "val_tpl": f"{{{{ 'ON' if '{modality}' in value_json.modalities else 'OFF' }}}}",
+                "val_tpl": f"{{{{ 'OFF' if {is_off} else 'ON' }}}}",
                 "cmd_t": topics.request("modality"),
                 "cmd_tpl": command,
             }

@@ -147,6 +147,7 @@ class Status:
             concurrency_reason=concurrency.reason,
             modalities=("text", *encoders) if phase == "ready" else (),
             modalities_reason=plan.modalities.reason,
+            modalities_off=self._governor.switched_off,
             queue=contract.Queue(
                 running=len(running),
                 waiting=len(self._book.waiting),

@@ -185,8 +185,11 @@ def test_each_encoder_of_the_bundle_has_a_switch() -> None:
     vision = switches["vision"]
     allowed, required = HASS["switch"]
     assert required <= set(vision) <= allowed
-    assert render(vision["val_tpl"], value_json={"modalities": ["text", "vision"]}) == "ON"
-    assert render(vision["val_tpl"], value_json={"modalities": ["text"]}) == "OFF"
+    assert render(vision["val_tpl"], value_json={"modalities_off": ["audio"]}) == "ON"
+    assert render(vision["val_tpl"], value_json={"modalities_off": ["vision"]}) == "OFF"
+    loaded = entities["encoders"]["val_tpl"]
+    assert render(loaded, value_json={"modalities": ["text", "audio"]}) == "audio"
+    assert render(loaded, value_json={"modalities": ["text"]}) == "none"
     assert vision["cmd_t"] == topics.request("modality")
     wanted = ModalityRequest.model_validate_json(render(vision["cmd_tpl"], value="ON"))
     assert (wanted.modality, wanted.enabled) == ("vision", True)

@@ -119,6 +119,11 @@ class Governor:
         return self._owner
 
     @property
+    def switched_off(self) -> tuple[Modality, ...]:
+        """The encoders that the owner does not want."""
+        return tuple(sorted(self._disabled))
+
+    @property
     def joules_per_token(self) -> float | None:
         """Of the last answers; None where the board cannot tell."""
         return self._energy.joules_per_token

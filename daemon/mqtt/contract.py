@@ -292,6 +292,7 @@ class State(_Model):
     `submodel` is what the running answer runs on, or what a request without a wish would;
     `submodel_wanted` is what the owner has set, `auto` or a name; `largest` is the largest that any
     request may run on, null while requests are refused.
+    `modalities` are those loaded, `modalities_off` those that the owner has switched off.
     `power_reason` (battery, supply, heat, watts) and `memory_reason` say what stands against the
     largest sub-model, whether or not it is what binds now.
     """
@@ -309,6 +310,7 @@ class State(_Model):
     concurrency_reason: str
     modalities: tuple[str, ...]
     modalities_reason: str
+    modalities_off: tuple[str, ...]
     queue: Queue
     power_reason: str | None
     memory_reason: str | None
