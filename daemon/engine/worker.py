@@ -50,6 +50,7 @@ from nestd.daemon.engine.messages import (
     Stop,
     Timings,
 )
+from nestd.daemon.engine.structure import Grammars
 from nestd.daemon.prompt.template import Prompt
 
 STATS_SECONDS = 1.0
@@ -94,6 +95,7 @@ class Worker:
         self._options = options
         self._send = send
         self._wake = wake
+        self._grammars = Grammars(graphs.bundle)
         self._media = MediaReader(graphs.bundle, prompt, options)
         self._media_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="media")
         self._crash: BaseException | None = None
@@ -184,6 +186,7 @@ class Worker:
                 self._graphs.bundle.manifest.submodel(start.submodel),
                 self._context_length(start),
                 self._options.prefill_chunk,
+                self._grammars.compile(start.structure) if start.structure else None,
             )
         except RequestError as error:
             self._send(Failed(id=start.id, code=error.code, message=str(error)))
