@@ -18,6 +18,7 @@ from nestd.daemon.engine.graphs import Graphs
 from nestd.daemon.engine.media import EncodedPrompt
 from nestd.daemon.engine.messages import FinishReason, Sampling, Switch
 from nestd.daemon.engine.sampling import Sampler
+from nestd.daemon.engine.structure import Grammar
 from nestd.daemon.engine.text import StreamingText
 
 
@@ -41,8 +42,9 @@ class Generation:
         submodel: Submodel,
         context_length: int,
         prefill_chunk: int,
+        grammar: Grammar | None = None,
     ) -> None:
-        """Prepare the answer; nothing runs yet.
+        """Prepare the answer; nothing runs yet. `grammar` is what its text has to keep to.
 
         Raises:
             TooLarge: the prompt leaves no room for an answer within `context_length`.
@@ -64,6 +66,7 @@ class Generation:
         self._cache = graphs.new_cache(len(prompt.ids) + self._max_tokens)
         self._sampler = Sampler(sampling, prompt.ids)
         self._text = StreamingText(tokenizer, sampling.stop)
+        self._grammar = grammar
         self._eos = frozenset(graphs.bundle.manifest.tokens.eos)
 
     @property
@@ -87,7 +90,7 @@ class Generation:
         logits = self._graphs.run(
             chunk, self._cache, submodel, not len(self._pending), self._take_soft_rows(chunk)
         )
-        piece = "" if logits is None else self._take(self._sampler.sample(logits), submodel)
+        piece = "" if logits is None else self._choose(logits, submodel)
         elapsed = time.monotonic() - start
         if prefilling:
             self.prefill_seconds += elapsed
@@ -108,18 +111,35 @@ class Generation:
         self._soft_rows = rows[count:] if count < len(rows) else None
         return rows[:count]
 
-    def _take(self, token: int, submodel: Submodel) -> str:
+    def _choose(self, logits: npt.NDArray[np.float32], submodel: Submodel) -> str:
+        """Choose the next token, and those that a grammar leaves no choice about; return text."""
+        grammar = self._grammar
+        if grammar is not None:
+            grammar.restrict(logits)
+        token = self._sampler.sample(logits)
         if token in self._eos:
             return self._end("stop")
+        piece = self._take(token, submodel)
+        if grammar is None or self.finish_reason:
+            return piece
+        grammar.accept(token)
+        for forced in grammar.forced():
+            self._sampler.note(forced)
+            piece += self._take(forced, submodel)
+            if self.finish_reason:
+                return piece
+        return piece + self._end("stop") if grammar.complete else piece
+
+    def _take(self, token: int, submodel: Submodel) -> str:
         if not self.switches or self.switches[-1].submodel != submodel.name:
             self.switches.append(Switch(token=self.completion_tokens, submodel=submodel.name))
         self.completion_tokens += 1
+        self._pending = np.append(self._pending, token)
         piece = self._text.push(token)
         if self._text.stopped:
             return piece + self._end("stop")
         if self.completion_tokens == self._max_tokens:
             return piece + self._end("length")
-        self._pending = np.array([token], np.int64)
         return piece
 
     def _end(self, reason: FinishReason) -> str:

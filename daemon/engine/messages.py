@@ -57,6 +57,13 @@ class Sampling(_Message):
     stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = ()
 
 
+class Structure(_Message):
+    """What an answer must be: JSON of this schema, or else free text that begins with no brace."""
+
+    json_schema: str
+    or_text: bool = False
+
+
 class TextContent(_Message):
     """A piece of text."""
 
@@ -104,6 +111,7 @@ class Start(_Message):
     messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1)]
     submodel: str
     sampling: Sampling = Sampling()
+    structure: Structure | None = None
     context_length: Annotated[int, Field(ge=16, le=131072)] | None = None
 
 

@@ -38,9 +38,13 @@ class Sampler:
             ids, weights = candidates(logits, sampling.temperature, sampling.top_k, sampling.top_p)
             sums = np.cumsum(weights)
             token = int(ids[np.searchsorted(sums, self._random.random() * sums[-1])])
-        if sampling.repetition_penalty != 1.0:
-            self._seen.add(token)
+        self.note(token)
         return token
+
+    def note(self, token: int) -> None:
+        """Let the repetition penalty count `token` from now on."""
+        if self._sampling.repetition_penalty != 1.0:
+            self._seen.add(token)
 
 
 def candidates(

@@ -50,6 +50,7 @@ from nestd.daemon.engine.messages import (
     Stop,
     Timings,
 )
+from nestd.daemon.engine.structure import Grammars
 from nestd.daemon.logs import configure
 from nestd.daemon.prompt.template import Prompt
 
@@ -95,6 +96,7 @@ class Worker:
         self._options = options
         self._send = send
         self._wake = wake
+        self._grammars = Grammars(graphs.bundle)
         self._media = MediaReader(graphs.bundle, prompt, options)
         self._media_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="media")
         self._crash: BaseException | None = None
@@ -185,6 +187,7 @@ class Worker:
                 self._graphs.bundle.manifest.submodel(start.submodel),
                 self._context_length(start),
                 self._options.prefill_chunk,
+                self._grammars.compile(start.structure) if start.structure else None,
             )
         except RequestError as error:
             self._send(Failed(id=start.id, code=error.code, message=str(error)))
