@@ -27,6 +27,7 @@ from nestd.daemon.dispatch import Dispatch
 from nestd.daemon.elastic.governor import Board, Governor
 from nestd.daemon.elastic.resources import Sampler
 from nestd.daemon.intake import Intake, IntakeRules
+from nestd.daemon.journal import Journal
 from nestd.daemon.media_store import MediaStore
 from nestd.daemon.mqtt.packets import (
     Connected,
@@ -120,7 +121,12 @@ class Daemon:
         self._transport = parts.make_transport(self._presence.will)
         self.delivery = Delivery(self._transport)
         self.book = RequestBook(settings.limits.queue)
-        self._replies = Replies(self._transport, self.delivery, self.book)
+        self._journal = Journal(settings.journal_path, self._clock, parts.wall_clock)
+        for record in self._journal.load():
+            self.book.store(record)
+            if record.final is not None and not record.final.confirmed:
+                self.delivery.send(record.final)
+        self._replies = Replies(self._transport, self.delivery, self.book, self._journal)
         self._supervisor = Supervisor(parts.make_engine, self.events.put)
         self._governor = Governor(
             settings,
@@ -240,6 +246,7 @@ class Daemon:
         self._governor.close()
         goodbye = self._presence.say(self._transport, "offline") if self._online else None
         self._wait_for(goodbye, self._clock() + GOODBYE_SECONDS)
+        self._journal.tick()
         self._transport.stop(GOODBYE_SECONDS)
         if self._uploads is not None:
             self._uploads.stop(GOODBYE_SECONDS)
@@ -286,6 +293,7 @@ class Daemon:
         self._governor.tick(now)
         if now >= self._next_sweep:
             self._dispatch.expire(now)
+            self._journal.sweep()
             if self._uploads is not None:
                 self._uploads.tick()
             self._next_sweep = self._sweep_after(now)
@@ -294,6 +302,7 @@ class Daemon:
             self._dispatch.start_next(now)
         self._store.release_all_but({*self.book.waiting, *self.book.running, *self._blobs.ids})
         self.delivery.send_waiting()
+        self._journal.tick()
         if self._online:
             self.status.tick(now)
         phase, reason = self.status.phase()
