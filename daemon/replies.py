@@ -15,6 +15,7 @@ from nestd.bundle.errors import Expired, RequestError, TooLarge
 from nestd.daemon.delivery import Delivery, Final
 from nestd.daemon.engine.messages import Delta as EngineDelta
 from nestd.daemon.engine.messages import Finished
+from nestd.daemon.journal import Journal
 from nestd.daemon.logs import about
 from nestd.daemon.mqtt import contract
 from nestd.daemon.mqtt.packets import Message, Transport
@@ -30,7 +31,10 @@ ERROR_EXPIRY_SECONDS = 60
 class Replies:
     """Sends events and counts them."""
 
-    def __init__(self, transport: Transport, delivery: Delivery, book: RequestBook) -> None:
+    def __init__(
+        self, transport: Transport, delivery: Delivery, book: RequestBook, journal: Journal
+    ) -> None:
+        self._journal = journal
         self._transport = transport
         self._delivery = delivery
         self._book = book
@@ -169,6 +173,9 @@ class Replies:
         self._transport.publish(reply_message(reply, reply_to))
 
     def _end(self, record: RequestRecord, message: Message) -> None:
+        # The broker will deliver the request again if we die before its PUBACK.
+        if not record.refused and any(entry.received.qos > 0 for entry in record.entries):
+            self._journal.add(record, message)
         final = Final(message, record.entries)
         self._book.end(record, final)
         self._delivery.send(final)

@@ -243,7 +243,7 @@ class RequestBook:
             record
             for record in self._records.values()
             if record.deadline <= now
-            and (record.final is None or (record.final.mid is None and not record.refused))
+            and (record.final is None or (_is_unsent(record.final) and not record.refused))
         ]
 
     def forget_expired(self, now: float) -> None:
@@ -271,6 +271,10 @@ class RequestBook:
 def _rank(record: RequestRecord) -> tuple[int, int]:
     priority = record.request.priority if record.request is not None else 0
     return (-priority, record.number)
+
+
+def _is_unsent(final: Final) -> bool:
+    return final.mid is None and not final.confirmed
 
 
 def _is_delivered(record: RequestRecord) -> bool:

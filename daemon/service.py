@@ -28,6 +28,7 @@ from nestd.daemon.elastic.governor import Board, Governor
 from nestd.daemon.elastic.resources import Sampler
 from nestd.daemon.home_assistant import HomeAssistant
 from nestd.daemon.intake import Intake, IntakeRules
+from nestd.daemon.journal import Journal
 from nestd.daemon.media_store import MediaStore
 from nestd.daemon.metrics import Metrics
 from nestd.daemon.mqtt.packets import (
@@ -122,7 +123,12 @@ class Daemon:
         self._transport = parts.make_transport(self._presence.will)
         self.delivery = Delivery(self._transport)
         self.book = RequestBook(settings.limits.queue)
-        self._replies = Replies(self._transport, self.delivery, self.book)
+        self._journal = Journal(settings.journal_path, self._clock, parts.wall_clock)
+        for record in self._journal.load():
+            self.book.store(record)
+            if record.final is not None and not record.final.confirmed:
+                self.delivery.send(record.final)
+        self._replies = Replies(self._transport, self.delivery, self.book, self._journal)
         self._supervisor = Supervisor(parts.make_engine, self.events.put)
         self._governor = Governor(
             settings,
@@ -254,6 +260,7 @@ class Daemon:
         self._metrics.close()
         goodbye = self._presence.say(self._transport, "offline") if self._online else None
         self._wait_for(goodbye, self._clock() + GOODBYE_SECONDS)
+        self._journal.tick()
         self._transport.stop(GOODBYE_SECONDS)
         if self._uploads is not None:
             self._uploads.stop(GOODBYE_SECONDS)
@@ -301,6 +308,7 @@ class Daemon:
         self._governor.tick(now)
         if now >= self._next_sweep:
             self._dispatch.expire(now)
+            self._journal.sweep()
             if self._uploads is not None:
                 self._uploads.tick()
             self._next_sweep = self._sweep_after(now)
@@ -309,6 +317,7 @@ class Daemon:
             self._dispatch.start_next(now)
         self._store.release_all_but({*self.book.waiting, *self.book.running, *self._blobs.ids})
         self.delivery.send_waiting()
+        self._journal.tick()
         if self._online:
             self.status.tick(now)
             self._home_assistant.tick(self._governor.snapshot)

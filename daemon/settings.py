@@ -454,6 +454,11 @@ class Settings(Section):
         )
 
     @property
+    def journal_path(self) -> Path:
+        """The file of answers that a killed daemon's successor must know; one for each node."""
+        return self.state_path / f"answers-{self.node_name}.jsonl"
+
+    @property
     def media_path(self) -> Path:
         """Where media lie while a request or a blob needs them; no other node shares it."""
         return self.state_path / f"media-{self.node_name}"

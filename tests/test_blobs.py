@@ -26,14 +26,13 @@ class Uploader:
         self.overrides = overrides
         self.node = self._new_node()
 
-    def _new_node(self) -> Node:
-        return Node(encoders=True, state_directory=self.directory, **self.overrides).start()
+    def _new_node(self, now: float = 1000.0) -> Node:
+        overrides = {"state_directory": self.directory} | self.overrides
+        return Node(encoders=True, now=now, **overrides).start()
 
     def restart(self) -> None:
         """The daemon dies, and another takes its place a second later."""
-        now = self.node.now
-        self.node = self._new_node()
-        self.node.now = now + 1
+        self.node = self._new_node(self.node.now + 1)
 
     def send(self, topic: str, payload: Any) -> int:
         received = self.node.uploads.deliver(
@@ -71,7 +70,9 @@ class Uploader:
         self.node.ask(id=request_id, messages=[{"role": "user", "content": content}])
 
     def files(self) -> list[str]:
-        return sorted(file.name for file in self.directory.rglob("*") if file.is_file())
+        return sorted(
+            file.name for file in (self.directory / "media-node").rglob("*") if file.is_file()
+        )
 
 
 @pytest.fixture

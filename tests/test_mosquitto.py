@@ -155,7 +155,7 @@ def test_nestd_ask_asks_a_pool(
 ) -> None:
     (tmp_path / "large").write_bytes(bytes(2_000_000))
     broker = ["--host", "127.0.0.1", "--port", str(mosquitto.port), "--pool", "house"]
-    with daemon(mosquitto, "node", "mqtt.pools=[house]", f"state_directory={tmp_path}"):
+    with daemon(mosquitto, "node", "mqtt.pools=[house]", "bundle=media"):
         assert main(["ask", *broker, "--no-stream", "hello"]) == 0
         assert capsys.readouterr().out == "hello\n"
         assert main(["ask", *broker, "--image", str(tmp_path / "large"), "hello"]) == 1
@@ -211,6 +211,28 @@ def test_a_killed_daemon_loses_no_request(mosquitto: Mosquitto) -> None:
             process.wait(PATIENCE)
         with daemon(mosquitto):
             assert me.nothing_more(1.0), "what was answered has had its PUBACK"
+
+
+def test_a_daemon_killed_between_an_answer_and_its_puback_does_not_run_it_again(
+    mosquitto: Mosquitto,
+) -> None:
+    topic = "nestd/v1/node/request/generate"
+    with listening(mosquitto, "clients/me/r") as me:
+        with daemon(mosquitto) as process:
+            # The PUBACK of the second waits for that of the first, which still runs.
+            me.publish(topic, request("wait", id="first"), response_topic="clients/me/r")
+            me.publish(topic, request("hello", id="second"), response_topic="clients/me/r")
+            me.until(lambda event: event["id"] == "second")
+            me.publish("nestd/v1/node/request/cancel", {"id": "second"}, qos=0)
+            me.until_event("error")
+            me.nothing_more(0.2)  # the broker's word that it has the answer is on its way
+            process.kill()
+            process.wait()
+        with daemon(mosquitto):
+            assert me.until_event("accepted")["id"] == "first"
+            me.publish("nestd/v1/node/request/cancel", {"id": "first"}, qos=0)
+            assert me.until_event("error")["id"] == "first"
+            assert me.nothing_more(1.0), "the second was answered before"
 
 
 def test_a_stopping_daemon_says_goodbye_and_hands_back(mosquitto: Mosquitto) -> None:

@@ -38,9 +38,7 @@ def upload(me: Listener, blob: str, data: bytes, step: int = 10_000) -> dict[str
     return me.until(lambda reply: "ok" in reply)
 
 
-def test_one_request_has_a_payload_base64_a_blob_and_text(
-    mosquitto: Mosquitto, tmp_path: Path
-) -> None:
+def test_one_request_has_a_payload_base64_a_blob_and_text(mosquitto: Mosquitto) -> None:
     content = [
         {"type": "image", "payload": True},
         {"type": "text", "text": "and"},
@@ -49,7 +47,7 @@ def test_one_request_has_a_payload_base64_a_blob_and_text(
         {"type": "text", "text": "differ?"},
     ]
     with (
-        daemon(mosquitto, "node", f"state_directory={tmp_path}"),
+        daemon(mosquitto, "node", "bundle=media"),
         listening(mosquitto, "clients/me/#") as me,
     ):
         assert upload(me, "clip", CLIP)["ok"]
@@ -64,9 +62,9 @@ def test_one_request_has_a_payload_base64_a_blob_and_text(
     assert done["text"] == "image:3003:768 and image:4008:256 audio:51212:None differ?"
 
 
-def test_a_client_of_mqtt_3_sends_media_too(mosquitto: Mosquitto, tmp_path: Path) -> None:
+def test_a_client_of_mqtt_3_sends_media_too(mosquitto: Mosquitto) -> None:
     with (
-        daemon(mosquitto, "node", f"state_directory={tmp_path}", "mqtt.protocol=3.1.1"),
+        daemon(mosquitto, "node", "bundle=media", "mqtt.protocol=3.1.1"),
         listening(mosquitto, "clients/me/#", protocol="3.1.1") as me,
     ):
         stated = {"size": len(CLIP), "sha256": hashlib.sha256(CLIP).hexdigest()}
@@ -80,12 +78,10 @@ def test_a_client_of_mqtt_3_sends_media_too(mosquitto: Mosquitto, tmp_path: Path
         assert me.until_event("done")["text"] == "audio:51212:None image:3003:768"
 
 
-def test_a_blob_comes_in_while_answers_run_and_survives_a_kill(
-    mosquitto: Mosquitto, tmp_path: Path
-) -> None:
+def test_a_blob_comes_in_while_answers_run_and_survives_a_kill(mosquitto: Mosquitto) -> None:
     request = f"{NODE}/request/generate"
     with listening(mosquitto, "clients/me/#") as me:
-        with daemon(mosquitto, "node", f"state_directory={tmp_path}") as process:
+        with daemon(mosquitto, "node", "bundle=media") as process:
             for number in range(5):  # one runs and four wait: no PUBACK of these for now
                 waits = {"messages": [{"role": "user", "content": "wait"}], "stream": True}
                 me.publish(request, waits | {"id": f"{number}"}, response_topic="clients/me/answer")
@@ -96,7 +92,7 @@ def test_a_blob_comes_in_while_answers_run_and_survives_a_kill(
             process.kill()
             process.wait()
         me.publish(f"{NODE}/blob/half/3", b"def")
-        with daemon(mosquitto, "node", f"state_directory={tmp_path}"):
+        with daemon(mosquitto, "node", "bundle=media"):
             me.until(lambda event: (event.get("id"), event.get("attempt")) == ("4", 2))
             for number in range(5):
                 me.publish(f"{NODE}/request/cancel", {"id": f"{number}"}, qos=0)
@@ -123,7 +119,7 @@ def test_nestd_ask_shows_files_whatever_the_limits(
     files = ["--image", "a.jpg", "--audio", "c.wav", "--image", "b.png"]
     files = [item if item.startswith("--") else str(tmp_path / item) for item in files]
     limits = f"mqtt.max_payload_bytes={limit}"
-    with daemon(mosquitto, "node", f"state_directory={tmp_path}", limits):
+    with daemon(mosquitto, "node", "bundle=media", limits):
         broker = ["--host", "127.0.0.1", "--port", str(mosquitto.port), "--node", "node"]
         status = main(["ask", *broker, *files, "--detail", "high", "--no-stream", "what?"])
     out, err = capsys.readouterr()
@@ -136,7 +132,7 @@ def test_nestd_ask_says_what_is_wrong_with_a_file(
 ) -> None:
     (tmp_path / "c.wav").write_bytes(CLIP)
     small = ("media.max_bytes=4096", "mqtt.max_payload_bytes=20000")
-    with daemon(mosquitto, "node", f"state_directory={tmp_path}", *small):
+    with daemon(mosquitto, "node", "bundle=media", *small):
         broker = ["--host", "127.0.0.1", "--port", str(mosquitto.port), "--node", "node"]
         assert main(["ask", *broker, "--audio", str(tmp_path / "c.wav"), "hm?"]) == 1
         assert "413 too_large" in capsys.readouterr().err

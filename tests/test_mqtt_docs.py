@@ -75,9 +75,9 @@ def test_json_examples_are_valid() -> None:
 
 
 @pytest.mark.broker
-def test_shell_examples_get_their_answers(mosquitto: Mosquitto, tmp_path: Path) -> None:
+def test_shell_examples_get_their_answers(mosquitto: Mosquitto) -> None:
     tool = re.compile(r"^(mosquitto_\w+)", re.MULTILINE)
-    with daemon(mosquitto, "kitchen", f"state_directory={tmp_path}", "mqtt.pools=[house]"):
+    with daemon(mosquitto, "kitchen", "bundle=media", "mqtt.pools=[house]"):
         for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL):
             script = tool.sub(rf"\1 -p {mosquitto.port}", block)
             script = script.replace("mosquitto_rr", f"mosquitto_rr -W {PATIENCE:.0f}")

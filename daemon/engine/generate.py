@@ -17,6 +17,7 @@ from nestd.bundle.manifest import Submodel
 from nestd.daemon.engine.graphs import Graphs
 from nestd.daemon.engine.media import EncodedPrompt
 from nestd.daemon.engine.messages import FinishReason, Sampling, Switch
+from nestd.daemon.engine.prefix_cache import PrefixCache, identity
 from nestd.daemon.engine.sampling import Sampler
 from nestd.daemon.engine.structure import Grammar
 from nestd.daemon.engine.text import StreamingText
@@ -29,6 +30,7 @@ class Generation:
         submodel: what the next step runs on; assign to change it.
         finish_reason: None while the answer runs.
         completion_tokens: tokens sampled so far, the end token not counted.
+        cached_tokens: of the prompt, which need not be read again.
         switches: the sub-models of the answer's tokens.
         prefill_seconds, decode_seconds: time spent in steps.
     """
@@ -43,8 +45,20 @@ class Generation:
         context_length: int,
         prefill_chunk: int,
         grammar: Grammar | None = None,
+        known: PrefixCache | None = None,
     ) -> None:
-        """Prepare the answer; nothing runs yet. `grammar` is what its text has to keep to.
+        """Prepare the answer; nothing runs yet.
+
+        Args:
+            graphs: the loaded bundle.
+            tokenizer: of the bundle.
+            prompt: what to answer.
+            sampling: how the next token is chosen.
+            submodel: what the first step runs on.
+            context_length: tokens of prompt and answer together.
+            prefill_chunk: tokens of the prompt that one step reads.
+            grammar: what the text has to keep to.
+            known: earlier answers' keys and values, and where to leave this one's.
 
         Raises:
             TooLarge: the prompt leaves no room for an answer within `context_length`.
@@ -61,9 +75,15 @@ class Generation:
         self._graphs = graphs
         self._pending = np.asarray(prompt.ids, np.int64)
         self._soft_rows = prompt.soft_rows
+        self._known = known
+        self._ids = identity(self._pending, graphs.soft(self._pending), prompt.soft_rows)
+        self._made_by: list[str] = []
         self._chunk = prefill_chunk
         self._max_tokens = min(sampling.max_tokens, room)
         self._cache = graphs.new_cache(len(prompt.ids) + self._max_tokens)
+        if known is not None:
+            self._skip(known.fill(self._cache, self._ids, submodel.name))
+        self.cached_tokens = self._cache.length
         self._sampler = Sampler(sampling, prompt.ids)
         self._text = StreamingText(tokenizer, sampling.stop)
         self._grammar = grammar
@@ -90,6 +110,7 @@ class Generation:
         logits = self._graphs.run(
             chunk, self._cache, submodel, not len(self._pending), self._take_soft_rows(chunk)
         )
+        self._made_by += [submodel.name] * len(chunk)
         piece = "" if logits is None else self._choose(logits, submodel)
         elapsed = time.monotonic() - start
         if prefilling:
@@ -101,6 +122,12 @@ class Generation:
     def cancel(self) -> str:
         """End the answer here; return the text that was held back."""
         return self._end("cancelled")
+
+    def _skip(self, count: int) -> None:
+        """The first `count` tokens of the prompt are in the cache already."""
+        self._take_soft_rows(self._pending[:count])
+        self._pending = self._pending[count:]
+        self._made_by = [self.submodel.name] * count
 
     def _take_soft_rows(self, chunk: npt.NDArray[np.int64]) -> npt.NDArray[np.float32] | None:
         """Return the rows for the soft tokens in `chunk`, None once the prompt's are used up."""
@@ -135,6 +162,7 @@ class Generation:
             self.switches.append(Switch(token=self.completion_tokens, submodel=submodel.name))
         self.completion_tokens += 1
         self._pending = np.append(self._pending, token)
+        self._ids = np.append(self._ids, token)
         piece = self._text.push(token)
         if self._text.stopped:
             return piece + self._end("stop")
@@ -144,6 +172,8 @@ class Generation:
 
     def _end(self, reason: FinishReason) -> str:
         self.finish_reason = reason
+        if self._known is not None:
+            self._known.keep(self._ids, self._made_by, self._cache)
         return self._text.finish()
 
 

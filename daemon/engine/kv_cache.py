@@ -37,3 +37,14 @@ class KVCache:
     def room(self) -> int:
         """Tokens that still fit."""
         return self.capacity - self.length
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of the rows written so far."""
+        return sum(self.length * item.nbytes // self.capacity for item in self.buffers.values())
+
+    def copy_rows(self, source: KVCache, count: int) -> None:
+        """Take the first `count` rows of `source`; whatever was here is forgotten."""
+        for name, buffer in self.buffers.items():
+            buffer[:, :, :count] = source.buffers[name][:, :, :count]
+        self.length = count

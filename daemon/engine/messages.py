@@ -33,6 +33,8 @@ class EngineOptions(_Message):
             the weights in private memory.
         media: what one picture, clip or film may be.
         feature_cache_bytes: encoded media that are kept for the next request with the same bytes.
+        session_cache_bytes: keys and values of ended answers, kept for prompts that begin alike.
+        session_cache_seconds: how long they are kept after they were last of use.
         log_format: see `nestd.daemon.logs`.
     """
 
@@ -42,6 +44,8 @@ class EngineOptions(_Message):
     prepared_directory: Path | None = None
     media: MediaLimits = MediaLimits()
     feature_cache_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
+    session_cache_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
+    session_cache_seconds: Annotated[float, Field(ge=0)] = 600.0
     log_format: Literal["text", "json"] = "text"
 
 
@@ -189,22 +193,26 @@ class Switch(_Message):
 class Timings(_Message):
     """Milliseconds spent on one request inside the engine."""
 
-    encode_ms: float
-    prefill_ms: float
-    decode_ms: float
+    encode_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
 
 
 class Finished(_Message):
-    """Request `id` ended; `text` is the whole answer, `switches` starts with the first size."""
+    """Request `id` ended; `text` is the whole answer, `switches` starts with the first size.
+
+    `cached_tokens` of the prompt's were known from an earlier answer and not read again.
+    """
 
     kind: Literal["finished"] = "finished"
     id: str
-    text: str
+    text: str = ""
     finish_reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
-    switches: tuple[Switch, ...]
-    timings: Timings
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    switches: tuple[Switch, ...] = ()
+    timings: Timings = Timings()
 
 
 class Failed(_Message):

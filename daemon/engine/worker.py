@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, TypeVar
 import psutil
 
 from nestd.bundle.errors import BundleError, InsufficientMemory, RequestError
-from nestd.bundle.manifest import Bundle
+from nestd.bundle.manifest import Bundle, Submodel
 from nestd.daemon.engine.generate import Generation, check_length
 from nestd.daemon.engine.graphs import Graphs
 from nestd.daemon.engine.media import EncodedPrompt, MediaReader, media_of
@@ -50,6 +50,7 @@ from nestd.daemon.engine.messages import (
     Stop,
     Timings,
 )
+from nestd.daemon.engine.prefix_cache import PrefixCache
 from nestd.daemon.engine.structure import Grammars
 from nestd.daemon.logs import configure
 from nestd.daemon.prompt.template import Prompt
@@ -97,6 +98,8 @@ class Worker:
         self._send = send
         self._wake = wake
         self._grammars = Grammars(graphs.bundle)
+        self._known = PrefixCache(options.session_cache_bytes, options.session_cache_seconds)
+        self._retained: Submodel | None = None
         self._media = MediaReader(graphs.bundle, prompt, options)
         self._media_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="media")
         self._crash: BaseException | None = None
@@ -122,7 +125,7 @@ class Worker:
         elif isinstance(command, SetSubmodel):
             self._set_submodel(command)
         elif isinstance(command, Retain):
-            self._graphs.retain(self._graphs.bundle.manifest.submodel(command.submodel))
+            self._retain(self._graphs.bundle.manifest.submodel(command.submodel))
         elif isinstance(command, KeepEncoders):
             self._submit(self._keep_encoders, command)
 
@@ -156,6 +159,14 @@ class Worker:
             encoders=self._media.encoders.loaded,
         )
 
+    def next_expiry(self) -> float | None:
+        """Seconds until `expire` is due, None if never."""
+        return self._known.next_expiry()
+
+    def expire(self) -> None:
+        """Let go of the keys and values that nobody has come back for."""
+        self._known.expire()
+
     def close(self) -> None:
         """Read no more media."""
         self._media_thread.shutdown(wait=False, cancel_futures=True)
@@ -188,6 +199,7 @@ class Worker:
                 self._context_length(start),
                 self._options.prefill_chunk,
                 self._grammars.compile(start.structure) if start.structure else None,
+                self._known,
             )
         except RequestError as error:
             self._send(Failed(id=start.id, code=error.code, message=str(error)))
@@ -234,11 +246,20 @@ class Worker:
         elif self._reading and self._reading.start.id == request_id:
             self._reading.cancelled.set()
             self._reading = None
-            self._send(_nothing(request_id))
+            self._send(Finished(id=request_id, finish_reason="cancelled"))
         else:
             for start in [start for start in self._waiting if start.id == request_id]:
                 self._waiting.remove(start)
-                self._send(_nothing(request_id))
+                self._send(Finished(id=request_id, finish_reason="cancelled"))
+
+    def _retain(self, submodel: Submodel) -> None:
+        shrinks = (
+            self._retained is not None and submodel.decoder_bytes < self._retained.decoder_bytes
+        )
+        if shrinks:
+            self._known.clear()
+        self._retained = submodel
+        self._graphs.retain(submodel)
 
     def _set_submodel(self, command: SetSubmodel) -> None:
         """Change the running answer and those that wait; an unknown name is the daemon's bug."""
@@ -273,6 +294,7 @@ class Worker:
                 finish_reason=generation.finish_reason,
                 prompt_tokens=generation.prompt_tokens,
                 completion_tokens=generation.completion_tokens,
+                cached_tokens=generation.cached_tokens,
                 switches=tuple(generation.switches),
                 timings=Timings(
                     encode_ms=1000 * self._running[2],
@@ -286,24 +308,12 @@ class Worker:
     def _measure(self, generation: Generation) -> None:
         prefill, decode = self._rates
         if generation.prefill_seconds and not generation.prefilling:
-            prefill = generation.prompt_tokens / generation.prefill_seconds
+            read = generation.prompt_tokens - generation.cached_tokens
+            prefill = read / generation.prefill_seconds
         # The first token comes out of the prefill.
         if generation.completion_tokens > 1 and generation.decode_seconds:
             decode = (generation.completion_tokens - 1) / generation.decode_seconds
         self._rates = (prefill, decode)
-
-
-def _nothing(request_id: str) -> Finished:
-    """The end of a request that was cancelled before its first step."""
-    return Finished(
-        id=request_id,
-        text="",
-        finish_reason="cancelled",
-        prompt_tokens=0,
-        completion_tokens=0,
-        switches=(),
-        timings=Timings(encode_ms=0, prefill_ms=0, decode_ms=0),
-    )
 
 
 def serve(channel: socket.socket, bundle_path: Path, options: EngineOptions) -> int:
@@ -335,7 +345,11 @@ def serve(channel: socket.socket, bundle_path: Path, options: EngineOptions) -> 
             send(worker.stats())
             next_stats = time.monotonic() + STATS_SECONDS
         while idle or not inbox.empty():
-            command = inbox.get()
+            try:
+                command = inbox.get(timeout=worker.next_expiry() if idle else None)
+            except queue.Empty:
+                worker.expire()
+                break
             if command is None or isinstance(command, Stop):
                 worker.close()
                 return 0

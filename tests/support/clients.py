@@ -87,12 +87,17 @@ def listening(broker: Mosquitto, *filters: str, protocol: str = "5") -> Iterator
         listener.close()
 
 
+def _command(broker: Mosquitto, node: str, *settings: str) -> list[str]:
+    state = f"state_directory={broker.config.with_name(f'{node}-state')}"
+    return [sys.executable, str(ECHO_DAEMON), str(broker.port), node, state, *settings]
+
+
 @contextmanager
 def daemon(
     broker: Mosquitto, node: str = "node", *settings: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A daemon process that is ready."""
-    command = [sys.executable, str(ECHO_DAEMON), str(broker.port), node, *settings]
+    command = _command(broker, node, *settings)
     with listening(broker, f"nestd/v1/{node}/state") as states:
         log = broker.config.with_name(f"{node}.log").open("ab")
         with log, subprocess.Popen(command, stdout=log, stderr=log) as process:
@@ -109,7 +114,7 @@ def echo_daemon(
     broker: Mosquitto, node: str = "node", *settings: str
 ) -> Iterator[subprocess.Popen[str]]:
     """A daemon process that has just been started; its log is `stderr`. It is killed in the end."""
-    command = [sys.executable, str(ECHO_DAEMON), str(broker.port), node, *settings]
+    command = _command(broker, node, *settings)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process

@@ -2,7 +2,7 @@
 
 python tests/support/echo_daemon.py PORT NODE [KEY=VALUE ...]
 
-A state_directory among the settings gives the bundle encoders.
+`bundle=media` among the settings gives it encoders.
 """
 
 import logging
@@ -35,7 +35,7 @@ def main() -> int:
         board=FakeBoard(),
     )
     try:
-        Daemon(settings, small_manifest(settings.state_directory is not None), parts).run()
+        Daemon(settings, small_manifest(settings.bundle is not None), parts).run()
     except NestdError as error:
         logging.error("%s", error)
         return 2

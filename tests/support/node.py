@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -53,14 +56,16 @@ class FakeBoard:
 class Node:
     """The daemon, its transport, its engines (the last is `engine`), its board and a clock."""
 
-    def __init__(self, encoders: bool = False, **overrides: object) -> None:
-        """With `encoders` the bundle sees and hears: give a `state_directory` then."""
-        self.now = 1000.0
+    def __init__(self, encoders: bool = False, now: float = 1000.0, **overrides: object) -> None:
+        """With `encoders` the bundle sees and hears. A node has a state directory of its own."""
+        directory = tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+        self.now = now
         self.board = FakeBoard()
         self.engines: list[FakeEngine] = []
         self.transport = MemoryTransport()
         self.uploads = MemoryTransport()
-        settings = settings_for_tests(**overrides)
+        settings = settings_for_tests(**({"state_directory": directory} | overrides))
         parts = Parts(
             make_transport=self._make_transport,
             make_engine=self._make_engine,
