@@ -25,7 +25,7 @@ from typing import Any
 from memory_cgroup import MemoryCgroup
 from real_shape import RESULTS, machine
 
-from nestd.cli.client import Client, new_client_id
+from nestd.client.connection import Client, new_client_id
 from nestd.daemon.mqtt.packets import TransportOptions
 from nestd.daemon.mqtt.transport import PahoTransport
 

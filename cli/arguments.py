@@ -71,7 +71,7 @@ def client_transport(args: argparse.Namespace) -> tuple[Settings, str, PahoTrans
     Raises:
         ConfigError: the configuration is wrong.
     """
-    from nestd.cli.client import new_client_id
+    from nestd.client.connection import new_client_id
     from nestd.daemon.config import load_settings
     from nestd.daemon.mqtt.connect import client_options
     from nestd.daemon.mqtt.transport import PahoTransport

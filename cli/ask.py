@@ -52,8 +52,8 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Ask, print, and return the exit status."""
     from nestd.bundle.errors import ConfigError, RequestError
-    from nestd.cli.client import Client, Due
     from nestd.cli.media import add_to, read_media
+    from nestd.client.connection import Client, Due
 
     if args.pool is not None and args.cancel_after is not None:
         raise ConfigError("--cancel-after needs --node: a pool does not know who answers")

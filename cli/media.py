@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nestd.bundle.errors import ConfigError, ModalityUnavailable, TooLarge
-from nestd.cli.client import CHUNK_BYTES, Client
+from nestd.client.connection import CHUNK_BYTES, Client
 
 # Around the request's fields in a packet: topic, properties, the id, the parts' own keys.
 MARGIN_BYTES = 4096

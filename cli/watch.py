@@ -89,7 +89,7 @@ class Watcher:
             BrokerError: there is no broker.
         """
         from nestd.bundle.errors import BrokerError
-        from nestd.cli.client import CONNECT_SECONDS
+        from nestd.client.connection import CONNECT_SECONDS
 
         self.trouble = "no answer"
         self._transport.start(self._events.put)
@@ -165,8 +165,8 @@ class Watcher:
         )
 
     def _take(self, received: Received) -> None:
-        from nestd.cli.client import json_object
         from nestd.cli.frame import NodeView
+        from nestd.client.connection import json_object
 
         document = json_object(received.payload)
         if received.topic == self._reply_topic:

@@ -23,7 +23,7 @@ from typing import Any
 
 from nestd.bundle.manifest import Bundle
 from nestd.cli.ask import summary
-from nestd.cli.client import Client, new_client_id
+from nestd.client.connection import Client, new_client_id
 from nestd.daemon.mqtt.packets import TransportOptions
 from nestd.daemon.mqtt.transport import PahoTransport
 

@@ -17,7 +17,7 @@ import pytest
 from support.mosquitto import Mosquitto
 
 from nestd.bundle.manifest import Bundle
-from nestd.cli.client import Client
+from nestd.client.connection import Client
 from nestd.daemon.mqtt.packets import TransportOptions
 from nestd.daemon.mqtt.transport import PahoTransport
 

@@ -18,7 +18,7 @@ from support.clients import nestd
 from support.mosquitto import Mosquitto
 
 from nestd.bundle.manifest import Bundle
-from nestd.cli.client import Client
+from nestd.client.connection import Client
 from nestd.daemon.mqtt.packets import TransportOptions
 from nestd.daemon.mqtt.transport import PahoTransport
 

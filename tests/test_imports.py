@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# cli -> daemon -> bundle <- conversion
+# cli -> client -> daemon -> bundle <- conversion
 ARROWS = {
     "bundle": {"bundle"},
     "device_profiles": {"device_profiles", "bundle"},
     "conversion": {"conversion", "bundle"},
     "daemon": {"daemon", "bundle", "device_profiles"},
-    "cli": {"cli", "daemon", "conversion", "bundle", "device_profiles"},
+    "client": {"client", "daemon", "bundle"},
+    "cli": {"cli", "client", "daemon", "conversion", "bundle", "device_profiles"},
 }
 # Each has one owner, a file in this folder.
 OWNERS = {"onnxruntime": "daemon/engine", "paho": "daemon/mqtt"}

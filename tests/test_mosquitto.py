@@ -16,8 +16,8 @@ import pytest
 from support.clients import PATIENCE, daemon, echo_daemon, listening, wait_for_line
 from support.mosquitto import Mosquitto
 
-from nestd.cli.client import Client, Due
 from nestd.cli.main import main
+from nestd.client.connection import Client, Due
 from nestd.daemon.mqtt.packets import TransportOptions
 from nestd.daemon.mqtt.transport import PahoTransport
 
