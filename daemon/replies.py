@@ -86,6 +86,7 @@ class Replies:
             usage=contract.Usage(
                 prompt_tokens=finished.prompt_tokens,
                 completion_tokens=finished.completion_tokens,
+                cached_tokens=finished.cached_tokens,
             ),
             timings=contract.Timings(
                 queue_ms=round((started - record.arrived) * 1000, 1),

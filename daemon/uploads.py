@@ -60,8 +60,18 @@ class Uploads:
         self._clock = clock
 
     def start(self, emit: Callable[[TransportEvent], None]) -> None:
-        """Begin to connect; every event given to `emit` must come back to `handle`."""
-        self._transport.start(emit)
+        """Begin to connect; every event given to `emit` must come back to `handle`.
+
+        Nothing bounds how many messages of QoS 0 come at once, so they go no further.
+        """
+
+        def emit_bounded(event: TransportEvent) -> None:
+            if isinstance(event, Received) and event.qos == 0:
+                log.warning("a message on %s was dropped: blobs need QoS 1", event.topic)
+            else:
+                emit(event)
+
+        self._transport.start(emit_bounded)
 
     def handle(self, event: TransportEvent) -> None:
         """React to one event of the connection."""

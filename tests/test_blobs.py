@@ -108,6 +108,13 @@ def test_every_message_is_acknowledged_at_once_and_apart_from_requests(me: Uploa
     assert me.node.transport.acknowledged == []
 
 
+def test_what_comes_without_qos_is_dropped(me: Uploader) -> None:
+    me.node.uploads.deliver(f"{me.node.base}/blob/b/init", {"size": 5}, qos=0)
+    me.node.settle()
+    assert me.node.uploads.published == []
+    assert me.files() == []
+
+
 def test_several_requests_use_one_blob(me: Uploader) -> None:
     me.upload()
     for name in ("one", "two"):

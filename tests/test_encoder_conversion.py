@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from nestd.bundle.errors import CheckpointError, ConfigError
 from nestd.bundle.manifest import Bundle
+from nestd.cli.main import main
 from nestd.conversion.convert import ConvertOptions, convert
 from nestd.conversion.quantize import MINIMUM_BLOCK
 
@@ -231,6 +234,52 @@ def test_modalities_are_chosen_and_what_is_left_out_is_not_there(
     assert "vision_encoder.data" not in sound_only.manifest.files
 
 
+def test_the_command_line_chooses_modalities_sizes_and_width(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["convert", str(tiny.checkpoint), str(tmp_path / "b")]
+    options = ["--modalities", "vision,text", "--image-sizes", "64,32", "--encoder-bits", "32"]
+    assert main([*arguments, *options]) == 0
+    bundle = Bundle.open(tmp_path / "b")
+    assert bundle.manifest.modalities == ("text", "vision")
+    assert bundle.manifest.vision is not None
+    assert bundle.manifest.vision.sizes == (32, 64)
+    assert (
+        bundle.manifest.sections["vision_encoder"]
+        == (tiny.bundles[32].manifest.sections["vision_encoder"])
+    )
+    assert "a picture of 32, 64 pixels is 16 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--modalities", "vision", "give text"),
+        ("--modalities", "text,smell", "give text"),
+        ("--image-sizes", "big", "give whole numbers"),
+    ],
+)
+def test_a_wrong_choice_on_the_command_line_says_what_is_right(
+    capsys: pytest.CaptureFixture[str], option: str, value: str, message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["convert", "a", "b", option, value])
+    assert message in capsys.readouterr().err
+
+
+def test_without_torch_encoders_are_refused_with_a_hint_and_text_converts(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    code = "import sys; sys.modules['torch'] = None; from nestd.cli.main import main; "
+    command = [sys.executable, "-c", code + "sys.exit(main(sys.argv[1:]))", "convert"]
+    command += [str(tiny.checkpoint), str(tmp_path / "b")]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "pip install 'nestd[convert]'" in refused.stderr
+    assert "--modalities text" in refused.stderr
+    assert subprocess.run([*command, "--modalities", "text"], capture_output=True).returncode == 0
+
+
 def edit_config(checkpoint: Path, section: str | None, **changes: Any) -> None:
     path = checkpoint / "config.json"
     config = json.loads(path.read_text())
@@ -254,10 +303,11 @@ def edit_weights(checkpoint: Path, prefix: str, change: Any) -> None:
         ("vision_config", {"architecture": "hf-hub:x/y"}, "converts 'mobilenetv5_300m_enc' only"),
         ("vision_config", {"model_args": {"checkpoint_path": "/etc/passwd"}}, "has checkpoint_p"),
         ("vision_config", {"model_args": {"block_args": [["wrong"]]}}, "block strings"),
-        ("vision_config", {"hidden_size": 100}, "different models"),
+        ("vision_config", {"hidden_size": 100}, "hidden_size 100"),
         ("vision_config", {"vocab_size": 11}, "different models"),
         ("audio_config", {"conf_num_hidden_layers": 3}, "lacks the weight"),
         ("audio_config", {"hidden_size": 33}, "describes no tower|different models"),
+        ("audio_config", {"input_feat_size": 80}, "have 128 bands"),
         ("audio_config", {"vocab_offset": 400}, "lies outside the hard embeddings"),
         (None, {"image_token_id": None}, "image_token_id"),
         (None, {"vision_soft_tokens_per_image": 9}, "makes 4 x 4 soft tokens"),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-DOMAIN = "nestd"
+from nestd.conversion.encoders.placement import DOMAIN
 
 
 class _LinearNode(torch.autograd.Function):

@@ -22,6 +22,7 @@ from nestd.conversion.graph_builder import (
 from nestd.conversion.quantize import block_for
 from nestd.conversion.weights import DATA_TYPES, WeightFile, matrix
 
+# Of the placeholders (`linears`).
 DOMAIN = "nestd"
 
 
@@ -102,7 +103,7 @@ def _large_constant(node: NodeProto) -> TensorProto | None:
     """Return the tensor of a Constant node that belongs in the weight file: a folded table."""
     if node.op_type != "Constant" or node.attribute[0].name != "value":
         return None
-    tensor = node.attribute[0].t
+    tensor: TensorProto = node.attribute[0].t
     if len(tensor.raw_data) <= INLINE_BYTES:
         return None
     tensor.name = node.output[0]

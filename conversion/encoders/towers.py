@@ -38,6 +38,8 @@ from nestd.conversion.encoders.linears import NamedRMSNorm, StreamedLinear
 VISION_ARCHITECTURE = "mobilenetv5_300m_enc"
 # What config.json may change about it; timm takes many more, among them files to read.
 MODEL_ARGS = ("block_args", "stem_size", "msfa_output_resolution")
+MEL_BANDS = 128
+# Converted in float32, whatever the checkpoint's.
 DTYPES = ("dtype", "torch_dtype")
 # What timm and transformers raise at a config that describes no network.
 BUILD_ERRORS = (
@@ -105,11 +107,13 @@ def vision_encoder(checkpoint: Checkpoint) -> VisionEncoder:
         vision_soft_tokens_per_image=count,
     )
     encoder = _build(VisionEncoder, config, "vision_config")
-    rows, columns = encoder.vision_tower.timm_model.msfa.output_resolution
-    if rows * columns != count:
+    fusion = encoder.vision_tower.timm_model.msfa
+    rows, columns = fusion.output_resolution
+    if (rows * columns, fusion.out_channels) != (count, vision.hidden_size):
         raise CheckpointError(
-            f"config.json: the vision tower makes {rows} x {columns} soft tokens, but "
-            f"vision_soft_tokens_per_image is {count}"
+            f"config.json: the vision tower makes {rows} x {columns} soft tokens of "
+            f"{fusion.out_channels} numbers, but vision_soft_tokens_per_image is {count} and "
+            f"vision_config.hidden_size {vision.hidden_size}"
         )
     return _load(encoder, checkpoint)
 
@@ -117,6 +121,11 @@ def vision_encoder(checkpoint: Checkpoint) -> VisionEncoder:
 def audio_encoder(checkpoint: Checkpoint) -> AudioEncoder:
     """Return the audio encoder with its small weights; CheckpointError where one does not fit."""
     audio = _config(Gemma3nAudioConfig, checkpoint.config["audio_config"])
+    if audio.input_feat_size != MEL_BANDS:
+        raise CheckpointError(
+            f"config.json: audio_config.input_feat_size is {audio.input_feat_size}, nestd's mel "
+            f"frames have {MEL_BANDS} bands"
+        )
     config = Gemma3nConfig(text_config=_text_config(checkpoint), audio_config=audio)
     return _load(_build(AudioEncoder, config, "audio_config"), checkpoint)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from onnx import ModelProto
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nMultimodalEmbedder
 
 from nestd.bundle.manifest import Modality
 from nestd.conversion.checkpoint import Checkpoint, Float32
@@ -32,6 +33,7 @@ class EncoderWriter:
     """Writes one encoder. Making it checks config and weights and writes nothing.
 
     Attributes:
+        embedder: the projector, `embed_vision` or `embed_audio`.
         graphs: for each graph's name, what exports it (given a folder for the exporter's files).
     """
 
@@ -39,10 +41,12 @@ class EncoderWriter:
         self,
         checkpoint: Checkpoint,
         modality: Modality,
+        embedder: Gemma3nMultimodalEmbedder,
         graphs: Mapping[str, Callable[[Path], ModelProto]],
     ) -> None:
         self.checkpoint = checkpoint
         self.modality = modality
+        self.embedder = embedder
         self.graphs = graphs
 
     @classmethod
@@ -52,17 +56,18 @@ class EncoderWriter:
         graphs = {
             f"vision_encoder_{size}": partial(export.export_vision, encoder, size) for size in sizes
         }
-        return cls(checkpoint, "vision", graphs)
+        return cls(checkpoint, "vision", encoder.embed_vision, graphs)
 
     @classmethod
     def audio(cls, checkpoint: Checkpoint) -> EncoderWriter:
         """Return the writer of the audio encoder; CheckpointError."""
         encoder = towers.audio_encoder(checkpoint)
-        return cls(checkpoint, "audio", {"audio_encoder": partial(export.export_audio, encoder)})
+        graphs = {"audio_encoder": partial(export.export_audio, encoder)}
+        return cls(checkpoint, "audio", encoder.embed_audio, graphs)
 
     def write(self, bundle: Path, bits: int) -> int:
         """Write graphs, weights and hard embeddings; return the bytes of weights."""
-        _write_hard_embeddings(self.checkpoint, self.modality, bundle)
+        np.save(bundle / f"{self.modality}_hard_embeddings.npy", self._hard_embeddings())
         with (
             tempfile.TemporaryDirectory(dir=bundle) as scratch,
             WeightFile(bundle / f"{self.modality}_encoder.data") as file,
@@ -72,23 +77,21 @@ class EncoderWriter:
                 write_graph(exported(Path(scratch)), bundle / f"{name}.onnx", weights)
             return file.size
 
+    def _hard_embeddings(self) -> Float32:
+        """Return the embedding of each id that only this modality has, [hard_ids, hidden_size]."""
+        embedder, prefix = self.embedder, f"embed_{self.modality}"
+        width = embedder.multimodal_hidden_size
 
-def _write_hard_embeddings(checkpoint: Checkpoint, modality: Modality, bundle: Path) -> None:
-    """Write the embedding of each id that belongs to the modality."""
-    config = checkpoint.config[f"{modality}_config"]
-    width, ids = config["hidden_size"], config["vocab_size"]
-    hidden_size = checkpoint.config["text_config"]["hidden_size"]
-    epsilon = config.get("rms_norm_eps", 1e-6)
-    prefix = f"embed_{modality}"
-    rows = checkpoint.tensor(f"{prefix}.embedding.weight", (ids, width))
-    rows = _rms_norm(rows, epsilon) * checkpoint.tensor(
-        f"{prefix}.hard_embedding_norm.weight", (width,)
-    )
-    projection = checkpoint.tensor(f"{prefix}.embedding_projection.weight", (hidden_size, width))
-    embeddings = _rms_norm(rows @ projection.T, epsilon)
-    np.save(bundle / f"{modality}_hard_embeddings.npy", embeddings.astype(np.float32))
+        def tensor(name: str, *shape: int) -> Float32:
+            return self.checkpoint.tensor(f"{prefix}.{name}.weight", shape)
+
+        rows = _rms_norm(tensor("embedding", embedder.vocab_size, width), embedder.eps)
+        rows *= tensor("hard_embedding_norm", width)
+        projection = tensor("embedding_projection", embedder.text_hidden_size, width)
+        return _rms_norm(rows @ projection.T, embedder.eps)
 
 
 def _rms_norm(rows: Float32, epsilon: float) -> Float32:
-    normed: Float32 = rows / np.sqrt(np.mean(rows**2, axis=-1, keepdims=True) + epsilon)
+    mean_square = np.mean(rows**2, axis=-1, keepdims=True)
+    normed: Float32 = rows / np.sqrt(mean_square + np.float32(epsilon))
     return normed

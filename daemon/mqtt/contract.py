@@ -134,10 +134,11 @@ class Delta(_Model):
 
 
 class Usage(_Model):
-    """Tokens of the prompt and of the answer."""
+    """Tokens of the prompt and of the answer; `cached_tokens` of the prompt were not read again."""
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 class Timings(_Model):
