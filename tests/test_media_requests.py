@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.node import REPLY, Node
 
 from nestd.daemon.elastic.memory import Memory
@@ -343,3 +346,46 @@ def test_the_state_tells_what_is_loaded_and_the_info_what_could_be(node: Node) -
     assert info["media"]["image_sizes"] == [256, 512, 768]
     assert info["media"]["image_size"] == 768
     assert "BlobInit" in info["schemas"]
+
+
+# Whatever comes
+
+
+PART = st.fixed_dictionaries(
+    {"type": st.sampled_from(["image", "audio", "video", "text", "film"])},
+    optional={
+        "data": st.sampled_from(["aGk=", "aGk", "", "=", "\u00e9"]) | st.text(max_size=6),
+        "blob": st.sampled_from(["a", "..", "a/b", ""]),
+        "payload": st.booleans() | st.none(),
+        "text": st.text(max_size=4),
+        "detail": st.sampled_from(["low", "auto", "high", "most"]),
+        "content_type": st.none() | st.text(max_size=5),
+    },
+)
+CONTENT = st.text(max_size=3) | st.lists(PART, max_size=4)
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "user", "assistant", "system"]), "content": CONTENT}
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(TURN, max_size=3), st.sampled_from([None, "image/png", "audio/wav", "image/gif"]))
+def test_any_request_is_accepted_or_refused_and_a_refused_one_leaves_no_file(
+    messages: list[dict[str, Any]], content_type: str | None
+) -> None:
+    node = Node(encoders=True).start()
+    fields = {"messages": json.dumps(messages), "id": "a", "stream": "true"}
+    node.transport.deliver(
+        f"{node.base}/request/generate",
+        b"\x89PNG" if content_type else b"{}",
+        content_type=content_type,
+        response_topic=REPLY,
+        user_properties=tuple(fields.items()),
+    )
+    node.settle()
+    assert node.kinds() in (["accepted"], ["error"])
+    assert len(node.engine.starts) == node.kinds().count("accepted")
+    if node.kinds() == ["error"]:
+        assert node.last()["code"] != "internal"
+        assert stored(node) == []
+        assert node.transport.acknowledged == [1]
