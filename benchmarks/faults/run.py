@@ -21,8 +21,8 @@ from scenarios import SCENARIOS
 INTRODUCTION = """# Faults
 
 `python benchmarks/faults/run.py --out benchmarks/results`: a node with pocket on real Mosquitto,
-broken on purpose. `lost`: no final event ever came. `contradictory`: a client got two different final
-events under one id.
+broken on purpose. `lost`: no final event ever came. `contradictory`: a client got two different
+final events under one id.
 """
 
 
