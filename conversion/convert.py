@@ -2,7 +2,8 @@
 
 The bundle is written in a directory beside its destination and renamed when it is whole, so an
 interrupted or failing conversion leaves nothing that looks like a bundle. Memory stays small at any
-model size: matrices stream in pieces of 64 MB.
+model size: matrices stream in pieces of 64 MB. Encoders need about 2 GB, for torch and what the
+exporter computes while it traces.
 """
 
 from __future__ import annotations
@@ -104,12 +105,13 @@ def convert(source: str, destination: Path, options: ConvertOptions, log: TextIO
     Args:
         source: a directory, a Hugging Face repository id, or `kaggle:...`.
         destination: a directory that does not exist yet.
-        options: widths and sub-models.
+        options: widths, sub-models and modalities.
         log: where progress and remarks go.
 
     Raises:
         CheckpointError: the checkpoint cannot be converted; the sentence says why.
         BundleError: the destination exists, or the disk is too small.
+        ConfigError: an image size that no tower takes.
     """
     if destination.exists():
         raise BundleError(f"{destination} exists already: remove it or choose another name")
