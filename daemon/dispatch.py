@@ -13,6 +13,7 @@ from nestd.bundle.errors import (
     request_error,
 )
 from nestd.bundle.manifest import Manifest
+from nestd.daemon.conversations import Conversations
 from nestd.daemon.elastic.governor import Governor
 from nestd.daemon.engine.messages import (
     Cancel,
@@ -32,6 +33,7 @@ from nestd.daemon.replies import Replies
 from nestd.daemon.requests import RequestBook, RequestRecord
 from nestd.daemon.selection import sampling_of
 from nestd.daemon.supervisor import Supervisor
+from nestd.daemon.tools import call_of, chosen_tools, structure_of, with_tools
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class Dispatch:
         replies: Replies,
         governor: Governor,
         intake: Intake,
+        conversations: Conversations,
         manifest: Manifest,
         max_tokens: int,
     ) -> None:
@@ -57,6 +60,7 @@ class Dispatch:
         self._replies = replies
         self._governor = governor
         self._intake = intake
+        self._conversations = conversations
         self._manifest = manifest
         self._max_tokens = max_tokens
         self.stats: Stats | None = None
@@ -75,9 +79,12 @@ class Dispatch:
             try:
                 if refusal is not None:
                     raise refusal
+                self._conversations.recall(record, now)
                 self._governor.check_encoders(record)
                 choice = self._governor.choose(record)
                 sampling = sampling_of(request, self._manifest.generation, self._max_tokens)
+                structure = structure_of(request)
+                messages = with_tools(record.prompt, chosen_tools(request))
             except RequestError as error:
                 self._replies.error(record, error)
                 continue
@@ -85,9 +92,10 @@ class Dispatch:
             self._supervisor.send(
                 Start(
                     id=engine_id,
-                    messages=record.messages,
+                    messages=messages,
                     submodel=choice.value,
                     sampling=sampling,
+                    structure=structure,
                     context_length=self._governor.plan.context_length.value,
                 )
             )
@@ -147,7 +155,9 @@ class Dispatch:
             self._replies.error(record, Cancelled("the engine was told to drop the request"))
         else:
             joules = self._governor.answered(record, event.completion_tokens, now)
-            self._replies.done(record, event, joules, now)
+            turn = self._conversations.answered(record, event.text, now)
+            tools = chosen_tools(record.request) if record.request else ()
+            self._replies.done(record, event, joules, call_of(event.text, tools), turn, now)
             self._intake.answered_in((now - (record.started or now)) * 1000)
 
     def _end_early(self, record: RequestRecord) -> None:

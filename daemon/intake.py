@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from nestd.bundle.errors import Cancelled, IdReused, RequestError
 from nestd.bundle.manifest import Manifest, Modality
 from nestd.daemon.content import Contents
+from nestd.daemon.conversations import Conversations
 from nestd.daemon.delivery import Delivery, Entry
 from nestd.daemon.mqtt.contract import Request
 from nestd.daemon.mqtt.packets import Received
@@ -20,6 +21,7 @@ from nestd.daemon.replies import Replies
 from nestd.daemon.requests import ReplyTo, RequestBook, RequestRecord, new_record
 from nestd.daemon.selection import canonical, modalities_of, sampling_of
 from nestd.daemon.settings import LimitSettings
+from nestd.daemon.tools import structure_of
 
 # Before the first answer nobody knows how long one takes; this is what a client waits after a 429.
 FIRST_RETRY_MS = 2000
@@ -45,6 +47,7 @@ class Intake:
         delivery: Delivery,
         replies: Replies,
         contents: Contents,
+        conversations: Conversations,
         unavailable: Callable[[frozenset[Modality]], RequestError | None],
     ) -> None:
         self._rules = rules
@@ -52,6 +55,7 @@ class Intake:
         self._delivery = delivery
         self._replies = replies
         self._contents = contents
+        self._conversations = conversations
         # Why no request with these encoders can be taken now (the engine does not load, the plan
         # refuses, the bundle has none), or None.
         self._unavailable = unavailable
@@ -69,6 +73,7 @@ class Intake:
             request = self._judge(envelope)
             self._book.check_room(self._retry_after_ms())
             self._contents.take(record, request, envelope.medium)
+            self._conversations.recall(record, now)
         except RequestError as error:
             if envelope.id is None:
                 self._replies.refuse_unnamed(record, None, error)
@@ -92,6 +97,7 @@ class Intake:
         request = read_request(envelope, self._rules.parse)
         canonical(request.submodel, self._rules.manifest)
         sampling_of(request, self._rules.manifest.generation, self._rules.limits.max_tokens)
+        structure_of(request)
         unavailable = self._unavailable(modalities_of(request.messages))
         if unavailable is not None:
             raise unavailable

@@ -71,7 +71,13 @@ class Replies:
             self.counters["dropped_deltas"] += 1
 
     def done(
-        self, record: RequestRecord, finished: Finished, joules: float | None, now: float
+        self,
+        record: RequestRecord,
+        finished: Finished,
+        joules: float | None,
+        call: contract.ToolCall | None,
+        turn: contract.ConversationTurn | None,
+        now: float,
     ) -> None:
         """Send the whole answer and end the request."""
         started = record.started if record.started is not None else now
@@ -80,7 +86,9 @@ class Replies:
             attempt=record.attempt,
             seq=record.next_seq(),
             text=finished.text,
-            finish_reason=finished.finish_reason,
+            finish_reason=finished.finish_reason if call is None else "tool_call",
+            tool_call=call,
+            conversation=turn,
             submodel=finished.switches[-1].submodel if finished.switches else record.submodel or "",
             switches=_with_reasons(finished, record),
             usage=contract.Usage(

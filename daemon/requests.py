@@ -41,6 +41,7 @@ class RequestRecord:
     Attributes:
         request: what it asks for, without its messages; None once it has ended.
         messages: as the engine takes them; empty once it has ended, so that prompts are not kept.
+        prompt: the same, behind what its conversation knows already.
         blobs: the sha256 of each blob that the messages name.
         number: order of arrival.
         attempt: 1, or more if it had to be run again.
@@ -60,6 +61,7 @@ class RequestRecord:
     arrived: float
     deadline: float
     messages: tuple[ChatMessage, ...] = ()
+    prompt: tuple[ChatMessage, ...] = ()
     blobs: dict[str, str] = field(default_factory=dict)
     number: int = 0
     attempt: int = 1
@@ -179,7 +181,7 @@ class RequestBook:
 
     def store(self, record: RequestRecord) -> None:
         """Keep an ended `record` for those who ask again; the oldest give way."""
-        record.state, record.request, record.messages = "ended", None, ()
+        record.state, record.request, record.messages, record.prompt = "ended", None, (), ()
         self._records.pop((record.client, record.id), None)
         self._records[record.client, record.id] = record
         surplus = sum(1 for r in self._records.values() if r.state == "ended") - STORED_ANSWERS

@@ -35,7 +35,7 @@ def task_of(request: Request, messages: Sequence[ChatMessage], submodel: str) ->
         effort=request.effort,
         prompt_tokens=sum(map(len, texts)) // CHARACTERS_PER_TOKEN,
         media=bool(modalities_of(messages)),
-        json=request.response_format.type != "text",
+        json=request.response_format.type != "text" or bool(request.tools),
     )
 
 

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
@@ -22,6 +23,7 @@ from nestd.bundle.manifest import Manifest, Modality
 from nestd.daemon.blobs import Blobs
 from nestd.daemon.content import Contents
 from nestd.daemon.control import Control
+from nestd.daemon.conversations import Conversations
 from nestd.daemon.delivery import Delivery
 from nestd.daemon.dispatch import Dispatch
 from nestd.daemon.elastic.governor import Board, Governor
@@ -146,6 +148,10 @@ class Daemon:
         self._blobs.load(parts.wall_clock())
         self._store.clear()
         contents = Contents(media, manifest, self._store, self._blobs)
+        rules = settings.limits
+        self._conversations = Conversations(
+            rules.conversations, rules.conversation_expiry_s, rules.max_prompt_chars, self._store
+        )
         self._uploads: Uploads | None = None
         if parts.make_blob_transport is not None and manifest.modalities != ("text",):
             transport = parts.make_blob_transport()
@@ -156,6 +162,7 @@ class Daemon:
             self.delivery,
             self._replies,
             contents,
+            self._conversations,
             self._unavailable,
         )
         self._dispatch = Dispatch(
@@ -164,6 +171,7 @@ class Daemon:
             self._replies,
             self._governor,
             self._intake,
+            self._conversations,
             manifest,
             settings.limits.max_tokens,
         )
@@ -315,7 +323,8 @@ class Daemon:
         self._supervisor.tick(now, busy=bool(self.book.running))
         if not self.status.draining:
             self._dispatch.start_next(now)
-        self._store.release_all_but({*self.book.waiting, *self.book.running, *self._blobs.ids})
+        owners = (self.book.waiting, self.book.running, self._conversations.owners)
+        self._store.release_all_but({*chain(*owners), *self._blobs.ids})
         self.delivery.send_waiting()
         self._journal.tick()
         if self._online:

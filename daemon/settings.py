@@ -176,11 +176,18 @@ class MetricsSettings(Section):
 
 
 class EngineSettings(Section):
-    """How the engine loads the bundle; see `EngineOptions` for the limits."""
+    """How the engine loads the bundle; see `EngineOptions` for the limits.
+
+    Attributes:
+        session_cache_bytes: keys and values of ended answers, kept for prompts that begin alike.
+        session_cache_s: how long they are kept after they were last of use.
+    """
 
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     context_length: Annotated[int, Field(ge=16, le=131072)]
     prefill_chunk: Annotated[int, Field(ge=1, le=4096)]
+    session_cache_bytes: ByteSize
+    session_cache_s: Seconds = 600.0
 
 
 class LimitSettings(Section):
@@ -191,6 +198,8 @@ class LimitSettings(Section):
         max_tokens: cap on the tokens of one answer.
         max_prompt_chars: characters of all text parts of a request.
         json_depth: nesting of a request's JSON.
+        conversations: that are remembered; the least recently used is forgotten first.
+        conversation_expiry_s: after which one that nobody goes on with is forgotten.
     """
 
     queue: Annotated[int, Field(ge=1, le=10_000)] = 16
@@ -198,7 +207,9 @@ class LimitSettings(Section):
     max_expiry_s: PositiveSeconds = 86400.0
     max_tokens: Annotated[int, Field(ge=1, le=131072)] = 1024
     max_prompt_chars: Annotated[int, Field(ge=1)] = 100_000
-    json_depth: Annotated[int, Field(ge=4, le=64)] = 16
+    json_depth: Annotated[int, Field(ge=4, le=64)] = 24
+    conversations: Annotated[int, Field(ge=0, le=10_000)] = 64
+    conversation_expiry_s: PositiveSeconds = 3600.0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -446,7 +457,8 @@ class Settings(Section):
         """What the engine process is started with."""
         prepared = None if self.weights == "resident" else self.state_path / "prepared"
         return EngineOptions(
-            **self.engine.model_dump(),
+            **self.engine.model_dump(exclude={"session_cache_s"}),
+            session_cache_seconds=self.engine.session_cache_s,
             prepared_directory=prepared,
             media=self.media.limits(),
             feature_cache_bytes=self.media.feature_cache_bytes,

@@ -119,7 +119,8 @@ def test_all_mistakes_are_reported_at_once_each_with_its_place(root: Path) -> No
             "etc/nestd/nestd.yaml:4:10: weights: should be 'mapped' or 'resident'; it is 'swapped'",
             (
                 "etc/nestd/nestd.yaml:5:9: limits: expected a section with the keys "
-                "default_expiry_s, json_depth, max_expiry_s, max_prompt_chars, max_tokens, queue"
+                "conversation_expiry_s, conversations, default_expiry_s, json_depth, max_expiry_s, "
+                "max_prompt_chars, max_tokens, queue"
             ),
             (
                 "etc/nestd/nestd.yaml:7:27: elastic.memory.reserve_bytes: write a size as bytes or "

@@ -150,7 +150,7 @@ class Governor:
         assert record.request is not None
         if self.plan.refusal is not None:
             return Choice(self._smallest, self.plan.refusal.reason)
-        task = task_of(record.request, record.messages, record.wish or record.request.submodel)
+        task = task_of(record.request, record.prompt, record.wish or record.request.submodel)
         return choose(task, self.plan, self._manifest, self._settings)
 
     def forbidden(self, needed: Iterable[Modality]) -> RequestError | None:
@@ -170,7 +170,7 @@ class Governor:
         Raises:
             ModalityUnavailable: the bundle, the owner or memory stands against one of them.
         """
-        needed = modalities_of(record.messages)
+        needed = modalities_of(record.prompt)
         forbidden = self.forbidden(needed)
         if forbidden is not None:
             raise forbidden
@@ -287,7 +287,7 @@ class Governor:
         """The encoders of what runs and of what is next: others load when it is their turn."""
         following = self._book.next_waiting()
         records = self._book.running if following is None else (*self._book.running, following)
-        return frozenset().union(*(modalities_of(record.messages) for record in records))
+        return frozenset().union(*(modalities_of(record.prompt) for record in records))
 
     def _redirect_all(self) -> None:
         for record in self._book.running:

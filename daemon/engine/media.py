@@ -19,7 +19,7 @@ import numpy.typing as npt
 from nestd.bundle.errors import BundleError, Cancelled, Internal, ModalityUnavailable, TooLarge
 from nestd.bundle.manifest import Bundle, Modality
 from nestd.daemon.engine.encoders import Encoders, soft_tokens
-from nestd.daemon.engine.messages import ChatMessage, EngineOptions, MediaContent
+from nestd.daemon.engine.messages import ChatMessage, EngineOptions, MediaContent, media_of
 from nestd.daemon.prompt.audio import HOP, RATE, AudioWindow
 from nestd.daemon.prompt.decoder_process import Decoder
 from nestd.daemon.prompt.template import Prompt
@@ -148,8 +148,10 @@ class MediaReader:
             if cancelled():
                 raise Cancelled("the request was cancelled while its media were encoded")
             try:
-                audio = isinstance(piece, AudioWindow)
-                rows.append(self.encoders.audio(piece) if audio else self.encoders.image(piece))
+                if isinstance(piece, AudioWindow):
+                    rows.append(self.encoders.audio(piece))
+                else:
+                    rows.append(self.encoders.image(piece))
             except BundleError as error:
                 log.error("%s", error)
                 raise Internal(f"the {modality_of(item)} encoder fails: {error}") from error
@@ -183,17 +185,6 @@ class MediaReader:
 
     def _key(self, item: MediaContent) -> Key:
         return (item.type, item.sha256, None if item.type == "audio" else self._size(item))
-
-
-def media_of(messages: Sequence[ChatMessage]) -> list[MediaContent]:
-    """Return the media of `messages`, in order."""
-    return [
-        part
-        for message in messages
-        if not isinstance(message.content, str)
-        for part in message.content
-        if isinstance(part, MediaContent)
-    ]
 
 
 def modality_of(item: MediaContent) -> Modality:

@@ -6,6 +6,7 @@ says which. Nothing else crosses the border, so either side can die and be repla
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -99,6 +100,17 @@ class ChatMessage(_Message):
 
     role: Role
     content: str | tuple[Content, ...]
+
+
+def media_of(messages: Sequence[ChatMessage]) -> list[MediaContent]:
+    """Return the media of `messages`, in order."""
+    return [
+        part
+        for message in messages
+        if not isinstance(message.content, str)
+        for part in message.content
+        if isinstance(part, MediaContent)
+    ]
 
 
 # Commands: daemon -> engine

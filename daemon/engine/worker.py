@@ -30,7 +30,7 @@ from nestd.bundle.errors import BundleError, InsufficientMemory, RequestError
 from nestd.bundle.manifest import Bundle, Submodel
 from nestd.daemon.engine.generate import Generation, check_length
 from nestd.daemon.engine.graphs import Graphs
-from nestd.daemon.engine.media import EncodedPrompt, MediaReader, media_of
+from nestd.daemon.engine.media import EncodedPrompt, MediaReader
 from nestd.daemon.engine.messages import (
     COMMANDS,
     Cancel,
@@ -49,6 +49,7 @@ from nestd.daemon.engine.messages import (
     Stats,
     Stop,
     Timings,
+    media_of,
 )
 from nestd.daemon.engine.prefix_cache import PrefixCache
 from nestd.daemon.engine.structure import Grammars

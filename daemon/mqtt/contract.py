@@ -77,9 +77,35 @@ class RequestMessage(_Model):
 
 
 class ResponseFormat(_Model):
-    """The form of the answer."""
+    """The form of the answer: text, any JSON object, or JSON of a schema."""
 
-    type: Literal["text"] = "text"
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("give json_schema with the type json_schema, and only with it")
+        return self
+
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """Return the JSON schema that the answer must keep to, None for text."""
+        return {"type": "object"} if self.type == "json_object" else self.json_schema
+
+
+class Tool(_Model):
+    """A function that the answer may call; `parameters` is the JSON schema of its arguments."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")]
+    description: Annotated[str, Field(max_length=4096)] = ""
+    parameters: dict[str, Any] = {"type": "object", "properties": {}}
+
+
+class ToolCall(_Model):
+    """The function that the answer calls; nestd calls nothing itself."""
+
+    name: str
+    arguments: dict[str, Any]
 
 
 class Request(_Model):
@@ -99,6 +125,9 @@ class Request(_Model):
         tuple[Annotated[str, Field(min_length=1, max_length=256)], ...], Field(max_length=16)
     ] = ()
     response_format: ResponseFormat = ResponseFormat()
+    tools: Annotated[tuple[Tool, ...], Field(max_length=64)] = ()
+    tool_choice: Annotated[str, Field(min_length=1, max_length=64)] = "auto"
+    conversation: Id | None = None
     stream: bool = False
     expires_in: Annotated[float, Field(gt=0)] | None = None
     reply_to: str | None = None
@@ -158,8 +187,17 @@ class Switch(_Model):
     reason: str | None
 
 
+class ConversationTurn(_Model):
+    """Which answer of its conversation this is, from 1: 1 where nothing was known under the id."""
+
+    id: str
+    turn: int
+
+
 class Done(_Model):
     """The whole answer.
+
+    `tool_call` is `text` as a call, where it is one; `finish_reason` is then `tool_call`.
 
     `switches` starts with the first size. `joules` is what the board used meanwhile (health's
     `watts_scope` says what that covers), null where it cannot tell.
@@ -170,7 +208,9 @@ class Done(_Model):
     attempt: int
     seq: int
     text: str
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["tool_call"]
+    tool_call: ToolCall | None = None
+    conversation: ConversationTurn | None = None
     submodel: str
     switches: tuple[Switch, ...]
     usage: Usage

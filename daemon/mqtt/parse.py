@@ -23,6 +23,8 @@ from nestd.daemon.mqtt.topics import Answering, Topics, client_of
 from nestd.daemon.prompt.media import CONTENT_TYPES, FORMATS, MediaKind
 
 JSON_TYPE = "application/json"
+# User properties are strings; these hold JSON.
+IN_STRINGS = ("messages", "response_format", "tools")
 
 # Strings first, so that brackets inside them do not count. The closing quote is optional: an
 # unterminated string takes the rest, and no input makes this scan more than once.
@@ -213,12 +215,9 @@ def read_request(envelope: Envelope, limits: ParseLimits) -> Request:
     if envelope.problem is not None:
         raise envelope.problem
     fields = envelope.fields
-    if isinstance(fields.get("messages"), str):  # as a user property it is JSON in a string
-        try:
-            check_depth(fields["messages"].encode(), limits.max_depth)
-            fields = {**fields, "messages": json.loads(fields["messages"])}
-        except (ValueError, RecursionError) as error:
-            raise BadRequest(f"messages is not valid JSON: {error}") from error
+    for name in IN_STRINGS:
+        if isinstance(fields.get(name), str):
+            fields = {**fields, name: _parsed(name, fields[name], limits)}
     if envelope.medium is not None:
         fields = _spell_out(fields, envelope.medium)
     request = _validate(Request, fields)
@@ -230,6 +229,14 @@ def read_request(envelope: Envelope, limits: ParseLimits) -> Request:
             "them"
         )
     return request
+
+
+def _parsed(name: str, text: str, limits: ParseLimits) -> object:
+    try:
+        check_depth(text.encode(), limits.max_depth)
+        return json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"{name} is not valid JSON: {error}") from error
 
 
 def _spell_out(fields: dict[str, Any], medium: RawMedium) -> dict[str, Any]:
