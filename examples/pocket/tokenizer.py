@@ -17,12 +17,21 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 CHECKPOINT: Final = Path(__file__).parent / "checkpoint"
 VOCAB_SIZE: Final = 1024
+IMAGE_TOKENS, AUDIO_TOKENS = 16, 32  # soft tokens of a picture, of a clip
 PAD, EOS, BOS, UNK, START_OF_TURN, END_OF_TURN = range(6)
-# The unused ones are there for the image and audio markers of a later pocket.
 SPECIAL_TOKENS: Final = (
     "<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>",
     *(f"<unused{i}>" for i in range(10)),
 )  # fmt: skip
+# Behind the text's ids, first those of pictures, then those of sounds. Sixteen each, so that the
+# vocabulary stays a multiple of 32; the last one stands in for the soft tokens of a shorter clip.
+MEDIA_TOKENS: Final = (
+    "<start_of_image>", "<image_soft_token>", "<end_of_image>",
+    *(f"<unused{i}>" for i in range(10, 23)),
+    "<start_of_audio>", "<audio_soft_token>", "<end_of_audio>",
+    *(f"<unused{i}>" for i in range(23, 36)),
+)  # fmt: skip
+IMAGE_IDS, AUDIO_IDS = VOCAB_SIZE, VOCAB_SIZE + 16  # the first of each
 
 CHAT_TEMPLATE: Final = """\
 {{ bos_token }}
@@ -39,8 +48,14 @@ CHAT_TEMPLATE: Final = """\
     {%- if message['content'] is string -%}
         {{ message['content'] | trim }}
     {%- else -%}
-        {%- for item in message['content'] if item['type'] == 'text' -%}
-            {{ item['text'] | trim }}
+        {%- for item in message['content'] -%}
+            {%- if item['type'] == 'audio' -%}
+                {{ '<audio_soft_token>' }}
+            {%- elif item['type'] == 'image' -%}
+                {{ '<image_soft_token>' }}
+            {%- elif item['type'] == 'text' -%}
+                {{ item['text'] | trim }}
+            {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
     {{ '<end_of_turn>\n' }}
@@ -72,6 +87,7 @@ def train_tokenizer(sample: list[Example]) -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", BOS)]
     )
+    tokenizer.add_special_tokens(list(MEDIA_TOKENS))
     return tokenizer
 
 
@@ -103,7 +119,13 @@ def main() -> None:
         "eos_token": "<eos>",
         "pad_token": "<pad>",
         "unk_token": "<unk>",
-        "additional_special_tokens": list(SPECIAL_TOKENS[4:]),
+        "additional_special_tokens": [*SPECIAL_TOKENS[4:], *MEDIA_TOKENS],
+        "image_token": "<image_soft_token>",
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "audio_token": "<audio_soft_token>",
+        "boa_token": "<start_of_audio>",
+        "eoa_token": "<end_of_audio>",
         "clean_up_tokenization_spaces": False,
         "model_max_length": 2048,
     }

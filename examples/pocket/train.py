@@ -72,10 +72,11 @@ def batches(tokenizer: Tokenizer, rows: int, seed: int) -> Iterator[Batch]:
             packed[fits[0]].append((prompt, answer))
             tokens, answers = free[fits[0]]
             free[fits[0]] = (tokens - size, answers - len(answer))
-        yield _tensors(packed)
+        yield tensors(packed)
 
 
-def _tensors(packed: list[list[tuple[list[int], list[int]]]]) -> Batch:
+def tensors(packed: list[list[tuple[list[int], list[int]]]]) -> Batch:
+    """Lay out rows of (prompt, answer) pairs, which must fit."""
     rows = len(packed)
     batch = Batch(
         torch.full((rows, ROW), PAD),
@@ -114,7 +115,7 @@ class SharedKV:
 
 def masks(batch: Batch, window: int) -> dict[str, torch.Tensor]:
     """Additive masks: causal, within one example, and within the window for sliding layers."""
-    example, at = batch.example_ids, torch.arange(ROW)
+    example, at = batch.example_ids, torch.arange(batch.example_ids.shape[1])
     distance = at[:, None] - at[None, :]
     allowed = (example[:, :, None] == example[:, None, :]) & (distance >= 0)
     result = {"full_attention": allowed, "sliding_attention": allowed & (distance < window)}
@@ -124,12 +125,21 @@ def masks(batch: Batch, window: int) -> dict[str, torch.Tensor]:
     }
 
 
-def answer_logits(model: Gemma3nForCausalLM, batch: Batch) -> torch.Tensor:
-    """Logits [rows, ANSWERS, vocabulary]; the same as model(...) gives at those positions."""
+def answer_logits(
+    model: Gemma3nForCausalLM, batch: Batch, embeds: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits [rows, answers, vocabulary]; the same as model(...) gives at those positions.
+
+    `embeds` [rows, tokens, hidden] replaces the token embeddings: train_media.py has soft tokens in
+    it. Ids without a per-layer embedding count as id 0 there, as in Gemma3nModel.
+    """
     text, config = model.model, model.config
     first_shared = config.num_hidden_layers - config.num_kv_shared_layers
-    embeds = text.embed_tokens(batch.input_ids)
-    per_layer = text.project_per_layer_inputs(embeds, text.get_per_layer_inputs(batch.input_ids))
+    if embeds is None:
+        embeds = text.embed_tokens(batch.input_ids)
+    ids = batch.input_ids
+    ids = ids.where(ids < config.vocab_size_per_layer_input, 0)
+    per_layer = text.project_per_layer_inputs(embeds, text.get_per_layer_inputs(ids))
     rope = {
         "full": text.rotary_emb(embeds, batch.position_ids),
         "local": text.rotary_emb_local(embeds, batch.position_ids),

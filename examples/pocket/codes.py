@@ -1,0 +1,176 @@
+"""What the towers are to say: soft tokens that the frozen model takes for digits and words.
+
+A picture's code is three slots of its sixteen, one of eleven vectors in each (ten digits, none),
+and a constant vector in every other. A clip's code is one vector for each word, with a blank
+between and behind. Both are learned through the language model in all its sizes, without a tower:
+that is quick, and a tower then learns from labels which vector belongs where.
+
+`python codes.py` writes codes.pt into the pools' folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from media import Pictured, Spoken, encode_user, key_words, pictured, spoken, vocabulary
+from model import load_submodels, make_elastic, select
+from multimodal import GROUP, language_model, load_or_grow, logits_with_media
+from pool import FOLDER
+from tokenizer import (
+    AUDIO_IDS,
+    AUDIO_TOKENS,
+    IMAGE_IDS,
+    IMAGE_TOKENS,
+    encode_answer,
+    load_tokenizer,
+)
+from tokenizers import Tokenizer
+from torch import nn
+from torch.nn import functional
+from train import IGNORE
+from transformers import Gemma3nForCausalLM
+
+SLOTS: Final = range(4, 7)  # of a picture's soft tokens, those that carry digits
+NONE: Final = 10  # the eleventh vector of such a slot
+ROWS: Final = 16
+CODES: Final = FOLDER / "codes.pt"
+
+
+def unit(vectors: torch.Tensor) -> torch.Tensor:
+    """Scale to a root mean square of one, as every soft token has."""
+    result: torch.Tensor = functional.normalize(vectors, dim=-1) * vectors.shape[-1] ** 0.5
+    return result
+
+
+def digit_classes(number: int) -> list[int]:
+    """The vector of each slot for a number of at most three digits."""
+    digits = [int(digit) for digit in str(number)]
+    return digits + [NONE] * (len(SLOTS) - len(digits))
+
+
+class PictureCode(nn.Module):
+    """Soft tokens of a number, and the embeddings of the picture's own ids."""
+
+    def __init__(self, lm: Gemma3nForCausalLM, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        embed, ids = lm.model.embed_tokens.weight.detach(), _ids(tokenizer, "0123456789 ")
+        self.digits = nn.Parameter(embed[ids].clone())
+        self.rest = nn.Parameter(embed[ids[-1]].repeat(IMAGE_TOKENS, 1))
+        self.hard = nn.Parameter(embed[_ids(tokenizer, "\n")].repeat(GROUP, 1))
+
+    def forward(self, requests: list[Pictured], rng: random.Random) -> torch.Tensor:
+        """Return [requests, IMAGE_TOKENS, hidden]."""
+        del rng
+        classes = torch.tensor([digit_classes(request.number) for request in requests])
+        soft = self.rest.repeat(len(requests), 1, 1)
+        soft = torch.cat(
+            [soft[:, : SLOTS.start], self.digits[classes], soft[:, SLOTS.stop :]], dim=1
+        )
+        return unit(soft)
+
+
+class WordCode(nn.Module):
+    """Soft tokens of words at random distances, and the embeddings of the clip's own ids."""
+
+    def __init__(self, lm: Gemma3nForCausalLM, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        embed = lm.model.embed_tokens.weight.detach()
+        self.index = {word: i for i, word in enumerate(vocabulary())}
+        means = [embed[_ids(tokenizer, f" {word}")].mean(0) for word in self.index]
+        blank = embed[_ids(tokenizer, " ")].mean(0)
+        self.words = nn.Parameter(torch.stack([*means, blank]))  # the blank comes last
+        self.hard = nn.Parameter(embed[_ids(tokenizer, "\n")].repeat(GROUP, 1))
+
+    def forward(self, requests: list[Spoken], rng: random.Random) -> torch.Tensor:
+        """Return [requests, AUDIO_TOKENS, hidden]."""
+        blank, padding = len(self.index), len(self.index) + 1
+        table = torch.cat([self.words, self.hard[-1:]])
+        rows = []
+        for request in requests:
+            row = [blank] * (AUDIO_TOKENS + 1)
+            while len(row) > AUDIO_TOKENS:
+                row, often = [blank] * rng.randint(1, 3), rng.choice([0.2, 0.5, 0.7])
+                for word in key_words(request.words):
+                    row.append(self.index[word])
+                    row += [blank] * ((rng.random() < often) + (rng.random() < often * 0.3))
+                row += [blank] * rng.randint(0, 2)
+            rows.append(row + [padding] * (AUDIO_TOKENS - len(row)))
+        return unit(table[torch.tensor(rows)])
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def learn(
+    code: PictureCode | WordCode,
+    stream: Iterator[Any],
+    first_id: int,
+    lm: Gemma3nForCausalLM,
+    steps: int,
+) -> None:
+    """Learn a code through the language model, a random size in every step."""
+    tokenizer, (nested_width, submodels) = load_tokenizer(), load_submodels()
+    layers = make_elastic(lm)
+    optimizer = torch.optim.Adam(code.parameters(), lr=0.02)
+    rng, started = random.Random(0), time.time()
+    forward: Callable[..., torch.Tensor] = code
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / steps)
+        select(lm, layers, rng.choice(submodels), nested_width)
+        requests = list(islice(stream, ROWS))
+        pairs = [
+            (encode_user(tokenizer, r.content), encode_answer(tokenizer, r.command))
+            for r in requests
+        ]
+        soft = forward(requests, rng)
+        logits, labels = logits_with_media(lm, pairs, soft, unit(code.hard), first_id)
+        loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 49:
+            print(f"step {step + 1} {time.time() - started:.0f}s loss {loss:.4f}", flush=True)
+    select(lm, layers, submodels[-1], nested_width)
+
+
+def load_codes(path: Path = CODES) -> dict[str, torch.Tensor]:
+    """What `main` wrote: image.digits, image.rest, image.hard, audio.words, audio.hard."""
+    codes: dict[str, torch.Tensor] = torch.load(path, weights_only=True)
+    return codes
+
+
+def main() -> None:
+    """Learn one code or both and write them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("kinds", nargs="*", default=["image", "audio"], metavar="image|audio")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    FOLDER.mkdir(exist_ok=True)
+    lm, tokenizer = language_model(load_or_grow()), load_tokenizer()
+    codes = load_codes() if CODES.exists() else {}
+    for kind in options.kinds:
+        code: PictureCode | WordCode
+        if kind == "image":
+            code = PictureCode(lm, tokenizer)
+            learn(code, pictured("train", 0), IMAGE_IDS, lm, options.steps)
+        else:
+            code = WordCode(lm, tokenizer)
+            learn(code, spoken("train", 0), AUDIO_IDS, lm, options.steps)
+        for name, weight in code.named_parameters():
+            codes[f"{kind}.{name}"] = unit(weight.detach())
+    torch.save(codes, CODES)
+
+
+if __name__ == "__main__":
+    main()
