@@ -253,7 +253,7 @@ def test_fin_must_agree_with_init(me: Uploader, wrong: dict[str, Any]) -> None:
         ("n/init", {"size": 1, "colour": 1}, "bad_request", "unknown key 'colour'"),
         ("n/init", {"size": 5000}, "too_large", "at most 4096"),
         ("n/init", {"size": 2000}, "queue_full", "room for"),
-        ("n/init", b"[[[[[[[[[[[[[[[[[[", "bad_request", "nests deeper"),
+        ("n/init", b"[" * 200, "bad_request", "nests deeper"),
         ("b/fin", {"size": 2560, "sha256": "x"}, "bad_request", "sha256"),
     ],
 )
