@@ -61,3 +61,9 @@ def test_broken_messages_are_answered_and_break_nothing() -> None:
     figures = run("malformed", 0.05)
     assert figures["daemon_survived"]
     assert figures["answers_due"] > 100
+
+
+def test_what_is_too_much_is_refused_and_a_cancel_works() -> None:
+    figures = run("overload", 0.1)
+    assert figures["queue_full"] > 100
+    assert figures["done"] + figures["queue_full"] + figures["cancelled"] == figures["asked"]

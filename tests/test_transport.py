@@ -77,7 +77,7 @@ def test_a_node_keeps_its_session_and_a_client_does_not() -> None:
     assert node.client_id == "nestd-node"
     assert not node.clean_start
     assert node.session_expiry_interval > 86400
-    assert node.receive_maximum == settings.limits.queue + 4
+    assert node.receive_maximum == 11 * settings.limits.queue + 1
     assert node.maximum_packet_size == 80_000
     assert client.clean_start
 

@@ -9,9 +9,10 @@ from nestd.bundle.errors import ConfigError
 from nestd.daemon.mqtt.packets import TransportOptions
 from nestd.daemon.settings import MqttSettings, Settings
 
-# Above the queue limit requests are answered 429 rather than left at the broker (delivery rule 4):
-# one may run, and a few more must come in to be told so.
-RECEIVE_MARGIN = 4
+# Above the queue limit requests are answered 429 rather than left at the broker (delivery rule 4).
+# PUBACKs go out in order, so a refused one takes its place until all before it are answered: ten
+# queues' worth can be told at once.
+QUEUES_RECEIVED = 10
 # The broker silently drops what is over our Maximum Packet Size, so it is well above the largest
 # payload that is allowed: what lies between the two is answered 413.
 PACKET_MARGIN = 8
@@ -28,7 +29,7 @@ def node_options(settings: Settings) -> TransportOptions:
         client_id=mqtt.client_id or f"nestd-{settings.node_name}",
         clean_start=False,
         session_expiry_interval=mqtt.session_expiry_s,
-        receive_maximum=min(65535, settings.limits.queue + RECEIVE_MARGIN),
+        receive_maximum=min(65535, (1 + QUEUES_RECEIVED) * settings.limits.queue + 1),
         maximum_packet_size=min(MAX_PACKET, PACKET_MARGIN * mqtt.max_payload_bytes),
     )
 
