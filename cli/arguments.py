@@ -63,10 +63,13 @@ def _medium(kind: str, path: str) -> tuple[str, Path]:
     return kind, Path(path)
 
 
-def client_transport(args: argparse.Namespace) -> tuple[Settings, str, PahoTransport]:
-    """Return the settings, a client id of its own and a transport, not connected yet.
+def client_transport(
+    args: argparse.Namespace, client_id: str | None = None
+) -> tuple[Settings, str, PahoTransport]:
+    """Return the settings, a client id and a transport, not connected yet.
 
-    `args` come from a parser with `add_broker` and `add_config`.
+    Without a `client_id` it is one that nobody else has. `args` come from a parser with
+    `add_broker` and `add_config`.
 
     Raises:
         ConfigError: the configuration is wrong.
@@ -77,5 +80,5 @@ def client_transport(args: argparse.Namespace) -> tuple[Settings, str, PahoTrans
     from nestd.daemon.mqtt.transport import PahoTransport
 
     settings = load_settings(args.config, None, {"mqtt.host": args.host, "mqtt.port": args.port})
-    client_id = new_client_id()
+    client_id = client_id or new_client_id()
     return settings, client_id, PahoTransport(client_options(settings, client_id))

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import socket
 import sys
+import uuid
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from nestd.cli.arguments import add_broker, add_config, add_media, client_transport
@@ -28,6 +32,12 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--priority", type=int, help="0 to 9, 9 first; default: 4")
+    parser.add_argument(
+        "--schema", type=Path, metavar="FILE", help="a JSON schema that the answer has to keep to"
+    )
+    parser.add_argument(
+        "--conversation", metavar="ID", help="go on with what was said under this id"
+    )
     parser.add_argument(
         "--stream",
         action=argparse.BooleanOptionalAction,
@@ -58,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     if args.pool is not None and args.cancel_after is not None:
         raise ConfigError("--cancel-after needs --node: a pool does not know who answers")
     fields, media = request_fields(args), read_media(args.media, args.detail)
-    settings, client_id, transport = client_transport(args)
+    same = None if args.conversation is None else conversation_client(args.conversation)
+    settings, client_id, transport = client_transport(args, same)
     client = Client(transport, client_id, settings.mqtt.prefix)
     later = () if args.cancel_after is None else (Due(args.cancel_after, "cancel", {}),)
     try:
@@ -79,7 +90,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def request_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the request's JSON; what was not given is left to the node."""
+    """Return the request's JSON; what was not given is left to the node.
+
+    Raises:
+        ConfigError: `--schema` is no file with a JSON object.
+    """
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     messages = [{"role": "user", "content": prompt}]
     if args.system is not None:
@@ -93,9 +108,37 @@ def request_fields(args: argparse.Namespace) -> dict[str, Any]:
         "temperature": args.temperature,
         "seed": args.seed,
         "priority": args.priority,
+        "response_format": None if args.schema is None else json_format(args.schema),
+        "conversation": args.conversation,
         "expires_in": args.timeout,
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def conversation_client(conversation: str) -> str:
+    """Return the client id of a conversation, the same at each call of one user on one host.
+
+    A node tells conversations apart by client: under a new id it would know nothing.
+    """
+    whose = f"nestd:{socket.gethostname()}:{os.getuid()}:{conversation}"
+    return f"nestd-client-{uuid.uuid5(uuid.NAMESPACE_URL, whose).hex[:12]}"
+
+
+def json_format(path: Path) -> dict[str, Any]:
+    """Return the `response_format` for the JSON schema in a file.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no JSON object.
+    """
+    from nestd.bundle.errors import ConfigError
+
+    try:
+        schema = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read the JSON schema {path}: {error}") from error
+    if not isinstance(schema, dict):
+        raise ConfigError(f"{path} holds no JSON schema: write an object, such as {{}}")
+    return {"type": "json_schema", "json_schema": schema}
 
 
 def print_json(events: Iterable[dict[str, Any]]) -> int:

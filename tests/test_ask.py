@@ -2,10 +2,12 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nestd.bundle.errors import ConfigError
 from nestd.cli import ask
 from nestd.cli.main import build_parser
 
@@ -53,6 +55,25 @@ def test_options_reach_the_request() -> None:
     fields = ask.request_fields(args)
     assert fields["messages"][0] == {"role": "system", "content": "be brief"}
     assert (fields["max_tokens"], fields["stream"], fields["seed"]) == (5, False, 0)
+
+
+def test_a_schema_file_and_a_conversation_reach_the_request(tmp_path: Path) -> None:
+    (tmp_path / "answer.json").write_text('{"type": "boolean"}')
+    args = parse("warm?", "--schema", str(tmp_path / "answer.json"), "--conversation", "hall")
+    fields = ask.request_fields(args)
+    wanted = {"type": "json_schema", "json_schema": {"type": "boolean"}}
+    assert (fields["response_format"], fields["conversation"]) == (wanted, "hall")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{type", b"[]", b"\xff", b"[" * 100_000])
+def test_a_schema_file_that_is_none_is_a_sentence_that_names_it(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "answer.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"answer\.json"):
+        ask.request_fields(parse("warm?", "--schema", str(path)))
 
 
 def test_text_streams_and_the_figures_follow(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,12 @@ pytestmark = pytest.mark.broker
 PATIENCE = 60.0
 # Long enough that something can be done to the answer while it is made.
 LONG: dict[str, Any] = {"max_tokens": 400, "temperature": 0, "stream": True}
+LAMP = {
+    "type": "object",
+    "properties": {"room": {"enum": ["hall", "attic"]}, "on": {"type": "boolean"}},
+    "required": ["room", "on"],
+    "additionalProperties": False,
+}
 
 
 @pytest.fixture
@@ -37,7 +43,7 @@ def node(
     config.write_text(
         f"profile: generic\nnode: tiny\nbundle: {tiny_bundle.path}\n"
         f"mqtt: {{port: {mosquitto.port}}}\nstate_directory: {tmp_path / 'state'}\n"
-        "engine: {context_length: 480, prefill_chunk: 32, threads: 1}\n"
+        "engine: {context_length: 512, prefill_chunk: 32, threads: 1}\n"
     )
     with (
         (tmp_path / "nestd.log").open("wb") as log,
@@ -63,6 +69,12 @@ def client(node: subprocess.Popen[bytes], mosquitto: Mosquitto) -> Iterator[Clie
 
 def question(text: str = "turn the light on", **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}]} | fields
+
+
+def assert_lamp(document: dict[str, Any]) -> None:
+    assert list(document) == ["room", "on"]
+    assert document["room"] in ("hall", "attic")
+    assert isinstance(document["on"], bool)
 
 
 def engine_of(node: subprocess.Popen[bytes]) -> psutil.Process:
@@ -95,6 +107,23 @@ def test_ask_prints_an_answer_at_the_size_it_names(mosquitto: Mosquitto) -> None
 
 
 @pytest.mark.usefixtures("client")
+def test_ask_prints_json_of_the_schema_in_a_file(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    (tmp_path / "lamp.json").write_text(json.dumps(LAMP))
+    answer = ask(mosquitto, "--schema", str(tmp_path / "lamp.json"))
+    assert answer.returncode == 0, answer.stderr
+    assert_lamp(json.loads(answer.stdout))
+
+
+@pytest.mark.usefixtures("client")
+def test_asking_again_goes_on_with_a_conversation(mosquitto: Mosquitto) -> None:
+    for turn in (1, 2):
+        answer = ask(mosquitto, "--conversation", "hall", "--max-tokens", "4", "--json")
+        assert answer.returncode == 0, answer.stderr
+        done = json.loads(answer.stdout.splitlines()[-1])
+        assert done["conversation"] == {"id": "hall", "turn": turn}
+
+
+@pytest.mark.usefixtures("client")
 def test_ask_returns_one_for_an_error_and_two_without_a_node(mosquitto: Mosquitto) -> None:
     unknown = ask(mosquitto, "--submodel", "huge")
     assert unknown.returncode == 1
@@ -112,6 +141,39 @@ def test_streamed_text_adds_up_to_the_answer(client: Client) -> None:
     text = "".join(e["text"] for e in events if e["event"] == "delta")
     assert text == events[-1]["text"]
     assert events[-1]["usage"]["completion_tokens"] > 50
+
+
+def test_a_structured_answer_streams_and_is_json_of_its_schema(client: Client) -> None:
+    schema = {"type": "json_schema", "json_schema": LAMP}
+    events = list(client.ask(question(response_format=schema, stream=True), PATIENCE))
+    text = "".join(e["text"] for e in events if e["event"] == "delta")
+    assert text == events[-1]["text"]
+    assert_lamp(json.loads(text))
+
+
+def test_a_tool_is_called_with_arguments_of_its_schema(client: Client) -> None:
+    # Short, for each character is a token: the explanation of tools fills most of the context.
+    on = {"properties": {"on": {"type": "boolean"}}, "required": ["on"]}
+    tool = {"name": "lamp", "parameters": {"type": "object", **on, "additionalProperties": False}}
+    asked = question("on", tools=[tool], tool_choice="required")
+    done = list(client.ask(asked, PATIENCE))[-1]
+    assert (done["event"], done.get("finish_reason")) == ("done", "tool_call"), done
+    assert done["tool_call"]["name"] == "lamp"
+    assert done["tool_call"]["arguments"] in ({"on": True}, {"on": False})
+
+
+def test_the_second_turn_of_a_conversation_reads_only_what_is_new(client: Client) -> None:
+    turns = [
+        list(client.ask(question(words, conversation="hall", max_tokens=8), PATIENCE))[-1]
+        for words in ("how warm is it in the hall?", "and in the attic?")
+    ]
+    assert [done["conversation"] for done in turns] == [
+        {"id": "hall", "turn": 1},
+        {"id": "hall", "turn": 2},
+    ]
+    first, second = (done["usage"] for done in turns)
+    assert second["prompt_tokens"] > first["prompt_tokens"]
+    assert second["cached_tokens"] >= first["prompt_tokens"]
 
 
 def test_the_size_changes_in_the_middle_of_an_answer(client: Client) -> None:
