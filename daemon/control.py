@@ -111,11 +111,12 @@ class Control:
         return {"submodel": choice.value, "reason": choice.reason}
 
     def _modality(self, wanted: ModalityRequest) -> dict[str, Any]:
-        choice = self._governor.set_modality(wanted.modality, wanted.enabled)
-        return wanted.model_dump(include={"modality", "enabled"}) | {
-            "planned": choice.value,
-            "reason": choice.reason,
-        }
+        if wanted.modality == "all" or wanted.enabled is None:
+            choice = self._governor.unload(wanted.modality)
+        else:
+            choice = self._governor.set_modality(wanted.modality, wanted.enabled)
+        said = wanted.model_dump(include={"modality", "enabled", "unload"}, exclude_defaults=True)
+        return said | {"planned": choice.value, "reason": choice.reason}
 
     def _the_one(self, request_id: str, client: str | None) -> RequestRecord | None:
         found = self._book.open_with_id(request_id, client)

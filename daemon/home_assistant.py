@@ -228,6 +228,13 @@ def _controls(topics: Topics, manifest: Manifest) -> Entities:
     if manifest.modalities != ("text",):
         encoders = "modalities | reject('eq', 'text') | join(', ') or 'none'"
         controls["encoders"] = _sensor("Loaded encoders", topics.state, encoders, "mdi:import")
+        controls["unload"] = {
+            "p": "button",
+            "name": "Unload encoders",
+            "ic": "mdi:export",
+            "cmd_t": topics.request("modality"),
+            "pl_prs": json.dumps({"modality": "all", "unload": True}),
+        }
     for modality in manifest.modalities:
         if modality != "text":
             is_off = f"'{modality}' in value_json.modalities_off"

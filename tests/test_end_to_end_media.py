@@ -127,7 +127,7 @@ def test_two_pictures_a_clip_and_text_arrive_in_three_ways(me: Listener, state: 
         time.sleep(0.05)
 
 
-def test_state_tells_loaded_encoders_and_the_owner_switches_them(me: Listener) -> None:
+def test_state_tells_loaded_encoders_and_the_owner_switches_and_unloads_them(me: Listener) -> None:
     assert ask(me, picture(PICTURES[0]), text("what?"))["event"] == "done"
     control = {"response_topic": "clients/me/control"}
     off = {"modality": "vision", "enabled": False}
@@ -138,6 +138,8 @@ def test_state_tells_loaded_encoders_and_the_owner_switches_them(me: Listener) -
     assert (refused["code"], refused["status"]) == ("modality_unavailable", 503)
     me.publish(f"{B}/request/modality", off | {"enabled": True}, **control)
     assert me.until(lambda m: "vision" in m.get("modalities", ()))
+    me.publish(f"{B}/request/modality", {"modality": "all", "unload": True}, **control)
+    assert me.until(lambda m: m.get("modalities") == ["text"])
     assert ask(me, picture(PICTURES[0]), text("what?"))["event"] == "done"
 
 

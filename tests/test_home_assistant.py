@@ -20,6 +20,7 @@ from support.node import Node
 from nestd.daemon.elastic.memory import Memory
 from nestd.daemon.elastic.power import Power
 from nestd.daemon.elastic.thermal import Thermal
+from nestd.daemon.engine.messages import KeepEncoders
 from nestd.daemon.home_assistant import device_id, discovery
 from nestd.daemon.mqtt.contract import ModalityRequest
 from nestd.daemon.mqtt.topics import Topics
@@ -35,6 +36,7 @@ HASS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "binary_sensor": (COMMON | {"stat_t", "dev_cla"}, {"uniq_id", "stat_t"}),
     "select": (COMMON | {"stat_t", "cmd_t", "cmd_tpl", "ops"}, {"uniq_id", "cmd_t", "ops"}),
+    "button": (COMMON - {"val_tpl"} | {"cmd_t", "pl_prs"}, {"uniq_id", "cmd_t"}),
     "switch": (COMMON | {"stat_t", "cmd_t", "cmd_tpl"}, {"uniq_id", "cmd_t"}),
 }
 # Device class -> the unit that it goes with.
@@ -171,9 +173,20 @@ def test_the_select_sets_the_submodel_and_shows_what_was_set() -> None:
     assert shown(item, "submodel") == "half"
 
 
-def test_a_text_bundle_has_no_switches() -> None:
+def test_a_text_bundle_has_neither_switches_nor_a_button() -> None:
     item = node().start()
-    assert "switch" not in {entity["p"] for entity in config(item)["cmps"].values()}
+    assert not {"switch", "button"} & {entity["p"] for entity in config(item)["cmps"].values()}
+
+
+def test_the_button_unloads_encoders_that_are_idle() -> None:
+    item = node(encoders=True).start()
+    button = config(item)["cmps"]["unload"]
+    allowed, required = HASS["button"]
+    assert required <= set(button) <= allowed
+    item.control("modality", modality="vision", enabled=True)
+    item.transport.deliver(button["cmd_t"], button["pl_prs"].encode(), qos=0)
+    item.settle()
+    assert item.engine.keeps[-1] == KeepEncoders(keep=())
 
 
 def test_each_encoder_of_the_bundle_has_a_switch() -> None:

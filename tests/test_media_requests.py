@@ -329,11 +329,72 @@ def test_an_encoder_that_was_switched_on_stays_for_a_while(node: Node) -> None:
     assert node.state()["modalities_reason"] == "audio was used lately"
 
 
+@pytest.mark.parametrize("modality", ["vision", "all"])
+def test_idle_encoders_are_unloaded_at_once_and_nothing_is_forbidden(
+    node: Node, modality: str
+) -> None:
+    ask(node, base64_part("image", PICTURE))
+    node.engine.finish()
+    node.settle()
+    reply = node.control("modality", modality=modality, unload=True)
+    assert reply["data"] == {
+        "modality": modality,
+        "unload": True,
+        "planned": [],
+        "reason": "the owner has unloaded vision"
+        + ("; the owner has unloaded audio" if modality == "all" else ""),
+    }
+    assert node.engine.keeps[-1] == KeepEncoders(keep=())
+    node.pass_time(1.1)
+    assert node.engine.keeps[-1] == KeepEncoders(keep=()), "it does not count as used lately"
+    assert node.state()["modalities_off"] == []
+    ask(node, base64_part("image", PICTURE), id="b")
+    assert len(node.engine.starts) == 2
+    assert node.engine.keeps[-1] == KeepEncoders(keep=("vision",))
+
+
+def test_unloading_leaves_a_running_request_its_encoder(node: Node) -> None:
+    node.control("modality", modality="audio", enabled=True)
+    ask(node, base64_part("image", PICTURE))
+    reply = node.control("modality", modality="all", unload=True)
+    assert reply["data"]["planned"] == ["vision"]
+    assert node.engine.keeps[-1] == KeepEncoders(keep=("vision",))
+    node.engine.finish()
+    node.settle()
+    assert node.kinds()[-1] == "done"
+
+
+def test_what_was_switched_off_stays_so_when_it_is_unloaded(node: Node) -> None:
+    node.control("modality", modality="vision", enabled=False)
+    node.control("modality", modality="all", unload=True)
+    node.pass_time(1.1)
+    assert node.state()["modalities_off"] == ["vision"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"modality": "vision"}, "either enabled"),
+        ({"modality": "vision", "unload": False}, "either enabled"),
+        ({"modality": "vision", "enabled": True, "unload": True}, "either enabled"),
+        ({"modality": "all", "enabled": True}, "one by one"),
+    ],
+)
+def test_an_encoder_is_either_switched_or_unloaded(
+    node: Node, fields: dict[str, Any], words: str
+) -> None:
+    reply = node.control("modality", **fields)
+    assert reply["error"]["code"] == "bad_request"
+    assert words in reply["error"]["message"]
+
+
 def test_no_text_bundle_can_be_told_to_see(tmp_path: Path) -> None:
     node = Node(state_directory=tmp_path).start()
     for enabled in (True, False):
         reply = node.control("modality", modality="vision", enabled=enabled)
         assert reply["error"]["code"] == "modality_unavailable"
+    reply = node.control("modality", modality="vision", unload=True)
+    assert reply["error"]["code"] == "modality_unavailable"
 
 
 def test_the_state_tells_what_is_loaded_and_the_info_what_could_be(node: Node) -> None:

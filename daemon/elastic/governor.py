@@ -24,12 +24,12 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Protocol
+from typing import Literal, Protocol
 
 from nestd.bundle.errors import ModalityUnavailable, RequestError
 from nestd.bundle.manifest import Manifest, Modality
 from nestd.daemon.elastic.answer_energy import AnswerEnergy, EnergyMark, mark
-from nestd.daemon.elastic.cost import ModelCost
+from nestd.daemon.elastic.cost import ENCODERS, ModelCost
 from nestd.daemon.elastic.limits import Limits
 from nestd.daemon.elastic.plan import Choice, Plan, RequestMix
 from nestd.daemon.elastic.policy import PolicyState, check_names, decide
@@ -246,6 +246,22 @@ class Governor:
             self._keep_encoders(load=(modality,))
         return self.plan.modalities
 
+    def unload(self, modality: Modality | Literal["all"]) -> Choice[tuple[Modality, ...]]:
+        """Unload an encoder, or all, unless a request needs it; return the encoders of the plan.
+
+        The next request that needs it loads it again.
+
+        Raises:
+            ModalityUnavailable: the bundle has no such encoder.
+        """
+        if modality == "all":
+            self._decide(unload=frozenset(ENCODERS))
+        elif modality in self._manifest.modalities:
+            self._decide(unload=frozenset({modality}))
+        else:
+            raise self._missing(modality)
+        return self.plan.modalities
+
     def energy(self, now: float) -> EnergyMark | None:
         """Return the energy counter, from a fresh snapshot."""
         if now - self.snapshot.time >= FRESH_SECONDS:
@@ -272,9 +288,13 @@ class Governor:
         engine = self._supervisor.engine_pid
         return [os.getpid()] if engine is None else [os.getpid(), engine]
 
-    def _decide(self, wanted: frozenset[Modality] = frozenset()) -> None:
+    def _decide(
+        self,
+        wanted: frozenset[Modality] = frozenset(),
+        unload: frozenset[Modality] = frozenset(),
+    ) -> None:
         before = self._state.plan
-        mix = RequestMix(self._wanted() | wanted, self._owner, self._disabled)
+        mix = RequestMix(self._wanted() | wanted, self._owner, self._disabled, unload)
         self._state = decide(self.snapshot, self._settings, self._manifest, mix, self._state)
         if self.plan == before:
             return

@@ -82,9 +82,11 @@ class RequestMix:
     Attributes:
         wanted: encoders that one of them needs.
         disabled: encoders that the owner has forbidden (control topic).
+        unload: encoders that the owner wants gone now, unless they are needed.
         preference: the owner's sub-model (control topic or configuration), or `auto`.
     """
 
     wanted: frozenset[Modality] = frozenset()
     preference: str = "auto"
     disabled: frozenset[Modality] = frozenset()
+    unload: frozenset[Modality] = frozenset()

@@ -189,6 +189,8 @@ def _encoders(
                 reasons.append(f"{modality} is needed now")
             else:
                 reasons.append(f"{modality} is needed but does not fit in memory")
+        elif modality in mix.unload:
+            reasons.append(f"the owner has unloaded {modality}")
         elif modality in loaded:
             age = snapshot.time - last_wanted.get(modality, snapshot.time)
             # It may stay only while the decoder does not shrink for it.

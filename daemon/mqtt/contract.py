@@ -254,12 +254,21 @@ class SubmodelRequest(_Model):
 
 
 class ModalityRequest(_Model):
-    """Load an encoder now, or forbid it until it is enabled again."""
+    """Load an encoder now or forbid it until it is enabled again; or unload it if it is idle."""
 
     transaction: str | int | None = None
     reply_to: str | None = None
-    modality: Literal["vision", "audio"]
-    enabled: bool
+    modality: Literal["vision", "audio", "all"]
+    enabled: bool | None = None
+    unload: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.enabled is not None) == self.unload:
+            raise ValueError("give either enabled, true or false, or unload: true")
+        if self.modality == "all" and not self.unload:
+            raise ValueError("all goes with unload only: enable vision and audio one by one")
+        return self
 
 
 class HealthRequest(_Model):
