@@ -1,8 +1,8 @@
 """Requests with a medium in them: a picture in place of a number, a clip in place of the words.
 
 A pictured request is one of the grammar's whose only number a picture shows: "set a timer for",
-[picture of 47], "minutes". A spoken request is a clip and nothing else. The command, the split by
-skeleton and the seeds are those of data.py; the pictures and sounds have splits of their own.
+[picture of 47], "minutes"; its split is that of data.py. A spoken request is a clip and nothing
+else. Pictures and sounds have splits of their own.
 
 The prompt's text is what the chat template gives, each medium expanded as transformers'
 Gemma3nProcessor does it.
@@ -93,12 +93,11 @@ def pictured(split: Split, seed: int) -> Iterator[Pictured]:
 
 
 def spoken(split: Split, seed: int) -> Iterator[Spoken]:
-    """Yield the endless stream of one split."""
+    """Yield the endless stream of one split; both say all commands, in other voices."""
     rng = random.Random(f"spoken-{split}-{seed}")
     while True:
         said, command = _spoken_pair(rng)
-        if split_of(said, command) == split:
-            yield Spoken(said, to_text(command))
+        yield Spoken(said, to_text(command))
 
 
 def vocabulary() -> list[str]:

@@ -16,7 +16,7 @@ import yaml
 from tokenizer import BOS, CHECKPOINT, END_OF_TURN, EOS, PAD, VOCAB_SIZE
 from torch import nn
 from torch.nn import functional
-from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, logging
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 
 SUBMODELS_FILE: Final = Path(__file__).parent / "checkpoint" / "submodels.yaml"
@@ -124,7 +124,8 @@ def effective_parameters(config: Gemma3nTextConfig, submodel: Submodel, nested_w
 
 
 def load_model() -> Gemma3nForCausalLM:
-    """The trained checkpoint at float32, as it is after rounding to its stored type."""
+    """The trained language model at float32, as it is after rounding to its stored type."""
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # of the towers, left out
     model: Gemma3nForCausalLM = Gemma3nForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
     model.requires_grad_(False)
     return model

@@ -14,10 +14,11 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -69,19 +70,27 @@ class Vision:
     ) -> None:
         self.model, self.embedder = model, model.model.embed_vision
         self.code = load_codes()
-        self.half = False  # 128 x 128 pixels, a quarter of the work; the soft tokens are as many
+        self.bf16 = False
+        self.easy = False  # 128 x 128 pixels, a quarter of the work; the soft tokens are as many
         self.pool: Pictures = picture_pool(split, seed, count)
         self.rng = random.Random(f"vision-{split}-{seed}")
 
     def __len__(self) -> int:
         return len(self.pool.requests)
 
+    def compile(self) -> None:
+        """Train 2.6 times as fast: fused, and in bfloat16."""
+        self.bf16 = True
+        tower: Any = self.model.model.vision_tower.timm_model
+        tower.forward_features = torch.compile(tower.forward_features, dynamic=False)
+
     def step(self, chosen: list[int]) -> Step:
         """Look at the pictures `chosen`."""
         pixels = torch.from_numpy(self.pool.pixels[chosen]).float() / 255
-        if self.half:
+        if self.easy:
             pixels = functional.avg_pool2d(pixels, 2)
-        soft = self.model.model.get_image_features(pixels)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            soft = self.model.model.get_image_features(pixels).float()
         classes = torch.tensor([digit_classes(self.pool.requests[i].number) for i in chosen])
         digits, rest = self.code["image.digits"], self.code["image.rest"]
         scores = cosines(soft[:, SLOTS.start : SLOTS.stop], digits)
@@ -106,6 +115,7 @@ class Audio:
         self.code = load_codes()
         self.pool: Clips = clip_pool(split, seed, count)
         self.rng = random.Random(f"audio-{split}-{seed}")
+        self.easy = False  # words are looked for near where they should be
         self.varied = split == "train"
         self.index = {word: i for i, word in enumerate(vocabulary())}
 
@@ -136,6 +146,9 @@ class Audio:
             scores.transpose(0, 1), torch.tensor([word for words in said for word in words]), rows,
             torch.tensor([len(words) for words in said]), blank, zero_infinity=True,
         )  # fmt: skip
+        if self.easy:
+            places = [_guess(self.pool.requests[i].words, int(self.pool.frames[i])) for i in chosen]
+            loss = self._near(scores, said, places) + 0.1 * loss
         best = scores.argmax(-1)
         right = 0
         for row, words, count in zip(best, said, rows, strict=True):
@@ -143,6 +156,16 @@ class Audio:
             right += heard[heard != blank].tolist() == words
         away = 1 - functional.cosine_similarity(padding, self.code["audio.hard"][-1], dim=-1)
         return Step(soft, loss + away, 100 * right / len(chosen))
+
+    @staticmethod
+    def _near(scores: torch.Tensor, said: list[list[int]], places: list[list[int]]) -> torch.Tensor:
+        """CTC alone takes long to find out where words are; this rewards one in a short window."""
+        found = [
+            row[max(place - 1, 0) : place + 3, word].logsumexp(0)
+            for row, words, rows in zip(scores, said, places, strict=True)
+            for word, place in zip(words, rows, strict=True)
+        ]
+        return -torch.stack(found).clamp(max=0).mean()
 
     def _mask(self, features: torch.Tensor, frames: torch.Tensor) -> None:
         features += torch.empty(len(features), 1, 1).uniform_(-1.5, 1.5)  # louder or softer
@@ -152,6 +175,14 @@ class Audio:
                 clip[:, low : low + width] = clip.mean()
             at, long = self.rng.randrange(int(length)), self.rng.randrange(12)
             clip[at : at + long] = clip.mean()
+
+
+def _guess(said: str, frames: int) -> list[int]:
+    """Roughly the row of soft tokens in which each key word ends, by letters."""
+    first, last = 15, frames - 38  # the silence around it, on average
+    ends = [match.end() / len(said) for match in re.finditer(r"\S+", said)]
+    kept = [end for end, word in zip(ends, said.split(), strict=True) if key_words(word)]
+    return [int(first + end * (last - first)) // 16 for end in kept]
 
 
 def start_from_code(medium: Vision | Audio) -> None:
@@ -190,11 +221,11 @@ def answers(
 
 
 @torch.no_grad()
-def check(medium: Vision | Audio, lm: Gemma3nForCausalLM, tokenizer: Tokenizer) -> str:
+def check(medium: Vision | Audio, lm: Gemma3nForCausalLM, tokenizer: Tokenizer, rows: int) -> str:
     """Right in percent on a small pool of the other split: of the code, and of the commands."""
     codes, commands = [], []
-    for at in range(0, len(medium), 50):
-        chosen = list(range(at, min(at + 50, len(medium))))
+    for at in range(0, len(medium) - rows + 1, rows):
+        chosen = list(range(at, at + rows))
         step = medium.step(chosen)
         codes.append(step.right)
         commands.append(answers(medium, lm, tokenizer, chosen, step.soft)[1])
@@ -222,8 +253,7 @@ def run(
         optimizer.param_groups[0]["lr"] = rate * min(
             (number + 1) / 100, 0.5 * (1 + math.cos(math.pi * progress)) + 1e-3
         )
-        if isinstance(medium, Vision):
-            medium.half = stage == 1 and progress < options.half
+        medium.easy = stage == 1 and progress < options.easy
         step = medium.step(chosen)
         loss, right = step.loss, step.right
         if stage == 2:
@@ -246,7 +276,7 @@ def run(
             current = [weight.detach().clone() for weight in weights]
             _put(weights, average)
             select(lm, layers, submodels[-1], nested_width)
-            print("held out:", check(held_out, lm, tokenizer), flush=True)
+            print("held out:", check(held_out, lm, tokenizer, options.rows), flush=True)
             keep(medium)
             if progress >= 1:
                 return
@@ -278,7 +308,8 @@ def main() -> None:
     )
     parser.add_argument("--lr", type=float, nargs=2, default=(2e-3, 5e-4), help="by stage")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--half", type=float, default=0.4, help="part of stage 1 at 128 x 128")
+    parser.add_argument("--easy", type=float, default=0.5, help="part of stage 1 that is made easy")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--finish", action="store_true", help="go on from checkpoint/")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -290,6 +321,8 @@ def main() -> None:
     held_out = kind(model, "heldout", 0, 250)
     for name in medium.names:
         getattr(model.model, name).requires_grad_(True)
+    if options.compile and isinstance(medium, Vision):
+        medium.compile()
     if not options.finish:
         start_from_code(medium)
     for stage in (1, 2):
