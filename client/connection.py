@@ -1,7 +1,7 @@
 """A client of nestd: finds a node, sends a request, yields its events, uploads blobs, controls it.
 
-It repeats the request under the same id whenever it had to connect again; the node answers an id
-once (docs/mqtt.md, delivery rule 3), so nothing is lost and nothing is run twice.
+It repeats the request under the same id whenever it or the node had to connect again; the node
+answers an id once (docs/mqtt.md, What you can rely on), so nothing is lost or run twice.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class Client:
         self._prefix = prefix
         self._reply_topic = f"{CLIENTS}/{client_id}/replies"
         self._events: SimpleQueue[TransportEvent] = SimpleQueue()
+        # By node; a node that comes back has another birth, its `boot` and `n`.
         self._availability: dict[str, str] = {}
+        self._births: dict[str, tuple[object, object]] = {}
         self._topics: Topics | None = None
         self.pool: str | None = None
         self.maximum_packet_size: int | None = None
@@ -131,6 +133,7 @@ class Client:
                 raise BrokerError(event.reason)
             if isinstance(event, Connected):
                 self._subscribe()
+            if isinstance(event, Connected) or self._is_back(event):
                 self.send("generate", fields)
             answer = self._answer(event)
             if answer is None or answer.get("id") not in (fields["id"], None):
@@ -208,11 +211,27 @@ class Client:
             raise BrokerError(f"several nodes answer, name one with --node: {those}")
         raise BrokerError(f"the node {wanted!r} is not online on this broker: {those}")
 
-    def _note_availability(self, received: Received) -> None:
-        levels = received.topic.split("/")
-        if levels[-1] == "availability":
-            event = json_object(received.payload)
-            self._availability[levels[-2]] = str(event.get("state"))
+    def _note_availability(self, received: Received) -> bool:
+        """Take note of a node's availability; True if the node has come back."""
+        *_, node, last = received.topic.split("/")
+        if last != "availability":
+            return False
+        event = json_object(received.payload)
+        self._availability[node] = str(event.get("state"))
+        if self._availability[node] != "online":
+            return False
+        birth = (event.get("boot"), event.get("n"))
+        known, self._births[node] = self._births.get(node, birth), birth
+        return known != birth
+
+    def _is_back(self, event: TransportEvent | None) -> bool:
+        """Say whether our node has connected anew.
+
+        A broker that lost its data has dropped what came before that, our request perhaps too.
+        """
+        if not isinstance(event, Received) or self._topics is None:
+            return False
+        return self._note_availability(event) and event.topic == self._topics.availability
 
     def _subscribe(self) -> None:
         self._transport.subscribe(

@@ -39,7 +39,7 @@ def broker_restarts(work: Path, scale: float) -> Figures:
     for number in range(requests):
         witness.say(question(number), f"r{number}")
         witness.wait_outstanding(MOST_OPEN)
-        if number * restarts // requests >= done + 1:
+        if (number + 1) * restarts // requests > done:
             done += 1
             broker.stop()
             broker.start()

@@ -1,8 +1,8 @@
 """A client that keeps the client's side of the contract and writes down everything it gets.
 
 It sends each request with QoS 1, keeps its session over a lost connection, and asks again under the
-same id whenever it has connected anew (docs/mqtt.md, delivery rules); `repeats=False` leaves that
-out, to see what is lost without.
+same id whenever it or the node has connected anew (docs/mqtt.md, What you can rely on);
+`repeats=False` leaves that out, to see what is lost without.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Witness:
         self.connections = 0
         self.sessions_lost = 0
         self.availability: list[tuple[float, str]] = []
+        self._birth: tuple[str, int] | None = None
         self.health: dict[str, Any] = {}
         self.control: dict[Any, dict[str, Any]] = {}
         self._node = node
@@ -152,20 +153,27 @@ class Witness:
             self.sessions_lost += 1
         topics = [self._reply, f"{self._topic}/availability", f"{self._topic}/health"]
         self._transport.subscribe([Subscription(topic, 1) for topic in topics])
-        if self.connections > 1 and self._repeats:
-            for item in list(self.asked.values()):
-                if not item.finals:
-                    message = Message(
-                        f"{self._topic}/request/generate",
-                        json.dumps(item.fields).encode(),
-                        response_topic=self._reply,
-                    )
-                    self._transport.publish(message)
+        if self.connections > 1:
+            self._ask_again()
+
+    def _ask_again(self) -> None:
+        for item in list(self.asked.values()):
+            if self._repeats and not item.finals:
+                message = Message(
+                    f"{self._topic}/request/generate",
+                    json.dumps(item.fields).encode(),
+                    response_topic=self._reply,
+                )
+                self._transport.publish(message)
 
     def _received(self, event: Received) -> None:
         document = json.loads(event.payload)
         if event.topic.endswith("/availability"):
             self.availability.append((time.monotonic(), document["state"]))
+            birth = (document["boot"], document["n"])
+            if document["state"] == "online" and birth != self._birth:
+                self._ask_again()
+                self._birth = birth
         elif event.topic.endswith("/health"):
             self.health = document
         elif "event" not in document:
