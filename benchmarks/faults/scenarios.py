@@ -99,10 +99,10 @@ def broker_kills(work: Path, scale: float, repeats: bool = True) -> Figures:
             witness.say(question(asked), f"r{asked}")
             asked += 1
         time.sleep(dice.uniform(0.0, 1.0))
-        seen = witness.connections
+        seen = witness.births
         broker.stop(signal.SIGKILL)
         broker.start()
-        witness.wait(lambda seen=seen: witness.connections > seen, "no new connection")
+        witness.wait(lambda seen=seen: witness.births > seen, "the node does not come back")
         if repeats:
             witness.wait_outstanding(0)
         witness.wait(lambda: witness.health.get("counters", {}).get("connections"), "no health")
@@ -111,7 +111,7 @@ def broker_kills(work: Path, scale: float, repeats: bool = True) -> Figures:
     figures = {"kills": kills, **witness.verdict(), "sessions_lost_by_the_node": lost}
     figures["announced_in_the_log"] = node.log().count("the broker has lost our session")
     stop(broker, node, witness)
-    announced = lost >= kills and figures["announced_in_the_log"] == lost
+    announced = lost == kills and figures["announced_in_the_log"] == lost
     return figures | {"ok": announced and (clean(figures) or not repeats)}
 
 
@@ -278,6 +278,60 @@ def broken_payload(dice: random.Random, number: int) -> bytes:
     return bytes(data)
 
 
+def soak(work: Path, scale: float) -> Figures:
+    """Encoders load and unload, requests come and go: memory and file descriptors stay flat."""
+    cycles, requests = scaled(500, scale), scaled(2000, scale)
+    bundle = pocket_bundle(work, ("text", "vision", "audio"))
+    broker, node, witness = start(work, bundle=bundle)
+    memory: list[tuple[float, float]] = []
+    descriptors: list[tuple[int, int]] = []
+    asked = 0
+    for number in range(cycles):
+        modality = ("vision", "audio")[number % 2]
+        for enabled in (True, False):
+            fields = {"modality": modality, "enabled": enabled}
+            witness.command("modality", fields, f"{number} {enabled}")
+            witness.wait(
+                lambda modality=modality, enabled=enabled: (
+                    (modality in witness.state["modalities"]) == enabled
+                ),
+                "an encoder neither loads nor unloads",
+            )
+        while asked < (number + 1) * requests // cycles:
+            witness.say(question(asked), f"r{asked}")
+            asked += 1
+        witness.wait_outstanding(0)
+        daemon, engine = node.process(), node.engine()
+        assert engine is not None
+        memory.append((daemon.memory_info().rss / 1e3, engine.memory_info().rss / 1e3))
+        descriptors.append((daemon.num_fds(), engine.num_fds()))
+    half = len(memory) // 2
+    figures: Figures = {"cycles": cycles, **witness.verdict()}
+    for index, name in enumerate(("daemon", "engine")):
+        kilobytes = [pair[index] for pair in memory[half:]]
+        slope, noise = trend(kilobytes)
+        figures[f"{name}_rss_mb"] = round(kilobytes[-1] / 1e3, 1)
+        figures[f"{name}_kb_per_cycle"] = f"{slope:.2f} +- {noise:.2f}"
+        figures[f"{name}_grew_in_second_half_mb"] = round(slope * len(kilobytes) / 1e3, 2)
+        figures[f"{name}_descriptors"] = f"{descriptors[half][index]} -> {descriptors[-1][index]}"
+    stop(broker, node, witness)
+    flat = all(descriptors[half][i] >= descriptors[-1][i] for i in (0, 1))
+    grown = max(figures[f"{name}_grew_in_second_half_mb"] for name in ("daemon", "engine"))
+    return figures | {"ok": clean(figures) and flat and grown < 5}
+
+
+def trend(values: list[float]) -> tuple[float, float]:
+    """Return the slope of a straight line through `values`, and its standard error."""
+    if len(values) < 3:
+        return 0.0, 0.0
+    places = range(len(values))
+    line = statistics.linear_regression(places, values)
+    rests = [v - line.slope * x - line.intercept for x, v in zip(places, values, strict=True)]
+    spread = sum((x - statistics.fmean(places)) ** 2 for x in places)
+    variance = sum(rest**2 for rest in rests) / (len(values) - 2)
+    return line.slope, (variance / spread) ** 0.5
+
+
 SCENARIOS: dict[str, Callable[[Path, float], Figures]] = {
     item.__name__: item
     for item in (
@@ -289,14 +343,17 @@ SCENARIOS: dict[str, Callable[[Path, float], Figures]] = {
         link_flaps,
         overload,
         malformed,
+        soak,
     )
 }
 
 
-def start(work: Path, *lines: str, repeats: bool = True) -> tuple[Broker, Node, Witness]:
+def start(
+    work: Path, *lines: str, repeats: bool = True, bundle: Path | None = None
+) -> tuple[Broker, Node, Witness]:
     broker = Broker(work / "broker", *lines)
     broker.start()
-    node = Node(work, pocket_bundle(work), broker.port)
+    node = Node(work, bundle or pocket_bundle(work), broker.port)
     node.start()
     witness = Witness(broker.port, repeats=repeats)
     witness.wait_online()

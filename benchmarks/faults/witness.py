@@ -38,9 +38,11 @@ class Witness:
     ) -> None:
         self.asked: dict[str, Asked] = {}
         self.connections = 0
+        self.births = 0
         self.sessions_lost = 0
         self.availability: list[tuple[float, str]] = []
         self._birth: tuple[str, int] | None = None
+        self.state: dict[str, Any] = {}
         self.health: dict[str, Any] = {}
         self.control: dict[Any, dict[str, Any]] = {}
         self._node = node
@@ -151,7 +153,8 @@ class Witness:
         self.connections += 1
         if self.connections > 1 and not event.session_present:
             self.sessions_lost += 1
-        topics = [self._reply, f"{self._topic}/availability", f"{self._topic}/health"]
+        facts = (f"{self._topic}/{name}" for name in ("availability", "health", "state"))
+        topics = [self._reply, *facts]
         self._transport.subscribe([Subscription(topic, 1) for topic in topics])
         if self.connections > 1:
             self._ask_again()
@@ -174,6 +177,9 @@ class Witness:
             if document["state"] == "online" and birth != self._birth:
                 self._ask_again()
                 self._birth = birth
+                self.births += 1
+        elif event.topic.endswith("/state"):
+            self.state = document
         elif event.topic.endswith("/health"):
             self.health = document
         elif "event" not in document:
