@@ -25,7 +25,8 @@ from pydantic_core import ErrorDetails
 
 from nestd.bundle.errors import ConfigError
 from nestd.daemon.marked_yaml import KeyPath, Mark, MarkedYaml, parse
-from nestd.daemon.settings import Section, Settings
+from nestd.daemon.section import Section
+from nestd.daemon.settings import Settings
 from nestd.device_profiles import Profile, chain, detect, find
 
 __all__ = [

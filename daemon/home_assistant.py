@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 from nestd.bundle.manifest import Manifest
 from nestd.daemon.elastic.resources import Snapshot
-from nestd.daemon.mqtt.contract import Phase
+from nestd.daemon.mqtt.node_contract import Phase
 from nestd.daemon.mqtt.packets import Message, Received, Subscription, Transport
 from nestd.daemon.mqtt.topics import Topics
 from nestd.daemon.settings import HomeAssistantSettings

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from nestd.bundle.errors import ConfigError
 from nestd.daemon.engine.messages import Delta, Event, Exited, Failed, Finished
-from nestd.daemon.mqtt.contract import Health, State
+from nestd.daemon.mqtt.node_contract import Health, State
 from nestd.daemon.requests import RequestBook
 from nestd.daemon.settings import MetricsSettings
 from nestd.daemon.status import Status

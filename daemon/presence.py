@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 
-from nestd.daemon.mqtt.contract import Availability
+from nestd.daemon.mqtt.node_contract import Availability
 from nestd.daemon.mqtt.packets import Message, Received, Transport
 from nestd.daemon.mqtt.parse import JSON_TYPE
 

@@ -17,7 +17,7 @@ from nestd.daemon.engine.messages import Delta as EngineDelta
 from nestd.daemon.engine.messages import Finished
 from nestd.daemon.journal import Journal
 from nestd.daemon.logs import about
-from nestd.daemon.mqtt import contract
+from nestd.daemon.mqtt import contract, node_contract
 from nestd.daemon.mqtt.packets import Message, Transport
 from nestd.daemon.mqtt.parse import JSON_TYPE
 from nestd.daemon.requests import ReplyTo, RequestBook, RequestRecord
@@ -39,7 +39,7 @@ class Replies:
         self._delivery = delivery
         self._book = book
         self.maximum_packet_size: int | None = None
-        self.counters = contract.Counters().model_dump()
+        self.counters = node_contract.Counters().model_dump()
 
     def accepted(self, record: RequestRecord) -> None:
         """Tell a client that streams that its request waits.

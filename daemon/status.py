@@ -19,9 +19,10 @@ from nestd.daemon.elastic.cost import pareto_front
 from nestd.daemon.elastic.governor import Governor
 from nestd.daemon.elastic.limits import margin_c
 from nestd.daemon.elastic.plan import Choice
-from nestd.daemon.mqtt import contract
+from nestd.daemon.mqtt import node_contract
 from nestd.daemon.mqtt.packets import Message, Transport
 from nestd.daemon.mqtt.parse import JSON_TYPE, ParseLimits
+from nestd.daemon.mqtt.schemas import schemas
 from nestd.daemon.mqtt.topics import VERSION, Topics
 from nestd.daemon.replies import Replies
 from nestd.daemon.requests import RequestBook
@@ -66,7 +67,7 @@ class Status:
         self._config = config
         self._started = started
         self._process = psutil.Process()
-        self._published: contract.State | None = None
+        self._published: node_contract.State | None = None
         self._published_at = float("-inf")
         self._next_health = started
         self.draining = False
@@ -108,7 +109,7 @@ class Status:
             )
         )
 
-    def phase(self) -> tuple[contract.Phase, str | None]:
+    def phase(self) -> tuple[node_contract.Phase, str | None]:
         """Return the phase and its reason."""
         if self.draining:
             return "draining", "the node is stopping"
@@ -122,7 +123,7 @@ class Status:
         reason = "the engine process is started again" if self._supervisor.exits else None
         return ("loading" if self._supervisor.state == "loading" else "starting"), reason
 
-    def state(self) -> contract.State:
+    def state(self) -> node_contract.State:
         """Return the state of the moment."""
         phase, reason = self.phase()
         plan, bounds = self._governor.plan, self._governor.bounds
@@ -133,7 +134,7 @@ class Status:
         concurrency = plan.concurrency
         if concurrency.value > SESSIONS:
             concurrency = Choice(SESSIONS, "the engine answers one request after the other")
-        return contract.State(
+        return node_contract.State(
             phase=phase,
             phase_reason=reason,
             submodel=choice.value,
@@ -148,7 +149,7 @@ class Status:
             modalities=("text", *encoders) if phase == "ready" else (),
             modalities_reason=plan.modalities.reason,
             modalities_off=self._governor.switched_off,
-            queue=contract.Queue(
+            queue=node_contract.Queue(
                 running=len(running),
                 waiting=len(self._book.waiting),
                 limit=self._book.queue_limit,
@@ -157,13 +158,13 @@ class Status:
             memory_reason=bounds.memory,
         )
 
-    def health(self, now: float) -> contract.Health:
+    def health(self, now: float) -> node_contract.Health:
         """Return the figures of the moment."""
         board = self._governor.snapshot
         margin, celsius = margin_c(board, self._settings.elastic), board.thermal.celsius
         stats = self._dispatch.stats
         counters = self._replies.counters | {"engine_exits": self._supervisor.exits}
-        return contract.Health(
+        return node_contract.Health(
             uptime_seconds=round(now - self._started, 1),
             rss_bytes=self._process.memory_info().rss,
             engine_rss_bytes=stats.rss_bytes if stats else None,
@@ -181,14 +182,14 @@ class Status:
             decode_tokens_per_second=stats.decode_tokens_per_second if stats else None,
             prefill_tokens_per_second=stats.prefill_tokens_per_second if stats else None,
             joules_per_token=self._governor.joules_per_token,
-            counters=contract.Counters(**counters),
+            counters=node_contract.Counters(**counters),
         )
 
-    def info(self) -> contract.Info:
+    def info(self) -> node_contract.Info:
         """Return what the node is."""
         limits = self._settings.limits
         rungs = pareto_front(self._manifest.submodels)
-        return contract.Info(
+        return node_contract.Info(
             node=self._topics.node,
             boot=self._boot,
             versions={
@@ -198,7 +199,7 @@ class Status:
             },
             bundle=self._manifest.name,
             submodels=tuple(
-                contract.InfoSubmodel(
+                node_contract.InfoSubmodel(
                     name=item.name,
                     effective_params=item.effective_params,
                     decoder_bytes=item.decoder_bytes,
@@ -208,7 +209,7 @@ class Status:
                 for item in self._manifest.submodels
             ),
             modalities=self._manifest.modalities,
-            limits=contract.InfoLimits(
+            limits=node_contract.InfoLimits(
                 request_bytes=self._settings.mqtt.max_payload_bytes,
                 json_depth=limits.json_depth,
                 queue=limits.queue,
@@ -219,12 +220,12 @@ class Status:
             ),
             media=self._media() if self._manifest.modalities != ("text",) else None,
             config=self._config,
-            schemas=contract.schemas(),
+            schemas=schemas(),
         )
 
-    def _media(self) -> contract.InfoMedia:
+    def _media(self) -> node_contract.InfoMedia:
         media, vision = self._settings.media, self._manifest.vision
-        return contract.InfoMedia(
+        return node_contract.InfoMedia(
             max_bytes=media.max_bytes,
             max_pixels=media.max_pixels,
             max_audio_seconds=media.max_audio_s,

@@ -16,8 +16,8 @@ import yaml
 from support.node import REPLY, Node
 
 from nestd.cli.main import main
-from nestd.daemon.mqtt import contract
 from nestd.daemon.mqtt.asyncapi import channels, document
+from nestd.daemon.mqtt.schemas import PUBLIC
 from nestd.daemon.mqtt.topics import Verb
 
 FILE = Path(__file__).parents[1] / "docs" / "asyncapi.yaml"
@@ -80,7 +80,7 @@ def test_every_reference_leads_somewhere() -> None:
 def test_every_message_and_every_verb_is_in_it() -> None:
     table = channels()
     told = {model for channel in table.values() for model in channel.models}
-    assert told == set(contract.PUBLIC)
+    assert told == set(PUBLIC)
     addresses = {channel.address for channel in table.values()}
     for verb in get_args(Verb):
         assert f"{{prefix}}/v1/{{node}}/request/{verb}" in addresses

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestd.bundle.errors import BadRequest, RequestError, TooLarge
-from nestd.daemon.mqtt.contract import CancelRequest, Request, TextPart, schemas
+from nestd.daemon.mqtt.contract import CancelRequest, Request, TextPart
 from nestd.daemon.mqtt.packets import Received
 from nestd.daemon.mqtt.parse import (
     Envelope,
@@ -20,6 +20,7 @@ from nestd.daemon.mqtt.parse import (
     read_envelope,
     read_request,
 )
+from nestd.daemon.mqtt.schemas import schemas
 from nestd.daemon.mqtt.topics import Topics
 
 TOPICS = Topics("nestd", "node")

@@ -13,7 +13,7 @@ from support.clients import PATIENCE, daemon
 from support.mosquitto import Mosquitto
 
 from nestd.bundle.errors import RequestError
-from nestd.daemon.mqtt import contract
+from nestd.daemon.mqtt import contract, node_contract
 
 TEXT = (Path(__file__).parents[1] / "docs" / "mqtt.md").read_text(encoding="utf-8")
 
@@ -33,10 +33,10 @@ TEXT = (Path(__file__).parents[1] / "docs" / "mqtt.md").read_text(encoding="utf-
         contract.BlobInit,
         contract.BlobFin,
         contract.ControlReply,
-        contract.Availability,
-        contract.State,
+        node_contract.Availability,
+        node_contract.State,
         contract.Switch,
-        contract.Health,
+        node_contract.Health,
         contract.Usage,
         contract.Timings,
     ],

@@ -21,7 +21,7 @@ from nestd.bundle.manifest import Modality
 from nestd.daemon.elastic.cost import ModelCost
 from nestd.daemon.elastic.memory import Memory
 from nestd.daemon.elastic.resources import Snapshot
-from nestd.daemon.settings import BatterySettings, ElasticSettings
+from nestd.daemon.elastic.settings import BatterySettings, ElasticSettings
 
 Band = Literal["critical", "low", "saver", "normal"]
 _BANDS: tuple[Band, ...] = ("critical", "low", "saver", "normal")

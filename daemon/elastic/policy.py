@@ -27,7 +27,8 @@ from nestd.daemon.elastic.cost import ENCODERS, ModelCost, Stage
 from nestd.daemon.elastic.limits import Latches, Limits, budget, cap_params, latch, limits
 from nestd.daemon.elastic.plan import Choice, Plan, Refusal, RequestMix
 from nestd.daemon.elastic.resources import Snapshot
-from nestd.daemon.settings import PaceSettings, Settings
+from nestd.daemon.elastic.settings import PaceSettings
+from nestd.daemon.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from nestd.daemon.mqtt import contract
+from nestd.daemon.mqtt.node_contract import Availability, Health, Info, State
 from nestd.daemon.mqtt.parse import JSON_TYPE
 from nestd.daemon.mqtt.topics import CLIENTS, VERSION
 
@@ -85,10 +86,10 @@ def channels() -> dict[str, Channel]:
         ),
         "events": Channel(clients, "send", EVENTS, 1),
         "control": Channel(clients, "send", (contract.ControlReply,), 1),
-        "availability": Channel(f"{base}/availability", "send", (contract.Availability,), 1, True),
-        "state": Channel(f"{base}/state", "send", (contract.State,), 1, True),
-        "info": Channel(f"{base}/info", "send", (contract.Info,), 1, True),
-        "health": Channel(f"{base}/health", "send", (contract.Health,), 0),
+        "availability": Channel(f"{base}/availability", "send", (Availability,), 1, True),
+        "state": Channel(f"{base}/state", "send", (State,), 1, True),
+        "info": Channel(f"{base}/info", "send", (Info,), 1, True),
+        "health": Channel(f"{base}/health", "send", (Health,), 0),
     }
 
 

@@ -1,7 +1,7 @@
-"""The messages of the MQTT contract as models (docs/mqtt.md: Request, Events, Control, State).
+"""Requests, events and control of the MQTT contract as models (docs/mqtt.md).
 
-Every JSON object that nestd reads or writes over MQTT is one of these; `schemas()` gives their JSON
-schemas. Unknown keys are errors. Reading bytes into a model is `parse.py`'s business.
+Every JSON object that nestd reads or writes over MQTT is one of these or of `node_contract`'s;
+`schemas.py` gives their JSON schemas. Reading bytes into a model is `parse.py`'s business.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Effort = Literal["low", "auto", "high"]
 
 
-class _Model(BaseModel):
+class ContractModel(BaseModel):
+    """Base of every message: immutable, and an unknown key is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 # Requests
 
 
-class TextPart(_Model):
+class TextPart(ContractModel):
     """A piece of text."""
 
     type: Literal["text"]
     text: str
 
 
-class MediaPart(_Model):
+class MediaPart(ContractModel):
     """A medium: base64 `data`, the id of an uploaded `blob`, or the message's own `payload`.
 
     `detail` chooses the size that a picture, or each frame of a video, is scaled to.
@@ -69,14 +71,14 @@ Content = Annotated[
 ]
 
 
-class RequestMessage(_Model):
+class RequestMessage(ContractModel):
     """One turn: a plain string or a list of parts."""
 
     role: Role
     content: Content
 
 
-class ResponseFormat(_Model):
+class ResponseFormat(ContractModel):
     """The form of the answer: text, any JSON object, or JSON of a schema."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
@@ -93,7 +95,7 @@ class ResponseFormat(_Model):
         return {"type": "object"} if self.type == "json_object" else self.json_schema
 
 
-class Tool(_Model):
+class Tool(ContractModel):
     """A function that the answer may call; `parameters` is the JSON schema of its arguments."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")]
@@ -101,14 +103,14 @@ class Tool(_Model):
     parameters: dict[str, Any] = {"type": "object", "properties": {}}
 
 
-class ToolCall(_Model):
+class ToolCall(ContractModel):
     """The function that the answer calls; nestd calls nothing itself."""
 
     name: str
     arguments: dict[str, Any]
 
 
-class Request(_Model):
+class Request(ContractModel):
     """What `<b>/request/generate` takes. A sampling value left out is the model's own default."""
 
     id: Id | None = None
@@ -137,7 +139,7 @@ class Request(_Model):
 # Events
 
 
-class Accepted(_Model):
+class Accepted(ContractModel):
     """The request is valid and waits; `ahead` requests run or wait before it.
 
     Sent where the request says `stream`, and once more with the next `attempt` if the engine died.
@@ -150,7 +152,7 @@ class Accepted(_Model):
     ahead: int
 
 
-class Delta(_Model):
+class Delta(ContractModel):
     """More text. Sent with QoS 0 and only where the request says `stream`."""
 
     id: str
@@ -162,7 +164,7 @@ class Delta(_Model):
     submodel: str
 
 
-class Usage(_Model):
+class Usage(ContractModel):
     """Tokens of the prompt and of the answer; `cached_tokens` of the prompt were not read again."""
 
     prompt_tokens: int
@@ -170,7 +172,7 @@ class Usage(_Model):
     cached_tokens: int = 0
 
 
-class Timings(_Model):
+class Timings(ContractModel):
     """Milliseconds: waiting for the engine, media to features, prompt, answer."""
 
     queue_ms: float
@@ -179,7 +181,7 @@ class Timings(_Model):
     decode_ms: float
 
 
-class Switch(_Model):
+class Switch(ContractModel):
     """From the completion token with this index (0 based) on, the answer ran on `submodel`."""
 
     token: int
@@ -187,14 +189,14 @@ class Switch(_Model):
     reason: str | None
 
 
-class ConversationTurn(_Model):
+class ConversationTurn(ContractModel):
     """Which answer of its conversation this is, from 1: 1 where nothing was known under the id."""
 
     id: str
     turn: int
 
 
-class Done(_Model):
+class Done(ContractModel):
     """The whole answer.
 
     `tool_call` is `text` as a call, where it is one; `finish_reason` is then `tool_call`.
@@ -218,7 +220,7 @@ class Done(_Model):
     joules: float | None = None
 
 
-class Error(_Model):
+class Error(ContractModel):
     """The request failed; `id` is null where none could be read."""
 
     id: str | None
@@ -234,7 +236,7 @@ class Error(_Model):
 # Control
 
 
-class CancelRequest(_Model):
+class CancelRequest(ContractModel):
     """Cancel the request `id`; `client` tells clients apart that use the same id."""
 
     transaction: str | int | None = None
@@ -243,7 +245,7 @@ class CancelRequest(_Model):
     client: str | None = None
 
 
-class SubmodelRequest(_Model):
+class SubmodelRequest(ContractModel):
     """Run on `submodel` from the next token on: one request, or all and those to come."""
 
     transaction: str | int | None = None
@@ -253,7 +255,7 @@ class SubmodelRequest(_Model):
     client: str | None = None
 
 
-class ModalityRequest(_Model):
+class ModalityRequest(ContractModel):
     """Load an encoder now or forbid it until it is enabled again; or unload it if it is idle."""
 
     transaction: str | int | None = None
@@ -271,14 +273,14 @@ class ModalityRequest(_Model):
         return self
 
 
-class HealthRequest(_Model):
+class HealthRequest(ContractModel):
     """Ask for the health figures now."""
 
     transaction: str | int | None = None
     reply_to: str | None = None
 
 
-class BlobInit(_Model):
+class BlobInit(ContractModel):
     """`<b>/blob/<id>/init`: announce a blob. `reply_to` holds for its chunks too."""
 
     transaction: str | int | None = None
@@ -289,7 +291,7 @@ class BlobInit(_Model):
     expires_in: Annotated[float, Field(gt=0)] | None = None
 
 
-class BlobFin(_Model):
+class BlobFin(ContractModel):
     """`<b>/blob/<id>/fin`: the blob is whole, and this is what it should be."""
 
     transaction: str | int | None = None
@@ -298,7 +300,7 @@ class BlobFin(_Model):
     sha256: Sha256
 
 
-class ControlError(_Model):
+class ControlError(ContractModel):
     """Why a control request or an upload failed."""
 
     code: str
@@ -306,169 +308,10 @@ class ControlError(_Model):
     message: str
 
 
-class ControlReply(_Model):
+class ControlReply(ContractModel):
     """The reply to a control request or an upload; `transaction` is the request's own."""
 
     transaction: str | int | None
     ok: bool
     data: dict[str, Any] | None = None
     error: ControlError | None = None
-
-
-# What a node says about itself
-
-Phase = Literal["starting", "loading", "ready", "degraded", "draining"]
-
-
-class Availability(_Model):
-    """Birth and last will; both carry the same `boot` and the connection's number `n`."""
-
-    state: Literal["online", "offline"]
-    boot: str
-    n: int
-
-
-class Queue(_Model):
-    """How many requests run, wait and may wait."""
-
-    running: int
-    waiting: int
-    limit: int
-
-
-class State(_Model):
-    """What the node does now, and why; a reason that does not apply is null.
-
-    `submodel` is what the running answer runs on, or what a request without a wish would;
-    `submodel_wanted` is what the owner has set, `auto` or a name; `largest` is the largest that any
-    request may run on, null while requests are refused.
-    `modalities` are those loaded, `modalities_off` those that the owner has switched off.
-    `power_reason` (battery, supply, heat, watts) and `memory_reason` say what stands against the
-    largest sub-model, whether or not it is what binds now.
-    """
-
-    phase: Phase
-    phase_reason: str | None
-    submodel: str | None
-    submodel_reason: str
-    submodel_wanted: str
-    largest: str | None
-    largest_reason: str
-    context_length: int
-    context_reason: str
-    concurrency: int
-    concurrency_reason: str
-    modalities: tuple[str, ...]
-    modalities_reason: str
-    modalities_off: tuple[str, ...]
-    queue: Queue
-    power_reason: str | None
-    memory_reason: str | None
-
-
-class Counters(_Model):
-    """Counts since the daemon started."""
-
-    accepted: int = 0
-    done: int = 0
-    errors: dict[str, int] = {}
-    completion_tokens: int = 0
-    engine_exits: int = 0
-    connections: int = 0
-    sessions_lost: int = 0
-    dropped_deltas: int = 0
-
-
-class Health(_Model):
-    """Figures of the moment; null means that this board cannot tell.
-
-    Memory is the machine's or the control group's, whichever has less available. `watts` covers
-    what `watts_scope` says; `joules_per_token` is that of the last answers, prompts included.
-    """
-
-    uptime_seconds: float
-    rss_bytes: int
-    engine_rss_bytes: int | None
-    memory_available_bytes: int | None
-    memory_total_bytes: int | None
-    memory_pressure_percent: float | None
-    temperature_celsius: float | None
-    throttle_celsius: float | None
-    battery_percent: float | None
-    under_voltage: bool | None
-    throttled: bool | None
-    volts: float | None
-    watts: float | None
-    watts_scope: str | None
-    decode_tokens_per_second: float | None
-    prefill_tokens_per_second: float | None
-    joules_per_token: float | None
-    counters: Counters
-
-
-class InfoLimits(_Model):
-    """What a client has to stay below."""
-
-    request_bytes: int
-    json_depth: int
-    queue: int
-    max_tokens: int
-    context_length: int
-    default_expiry_seconds: float
-    maximum_expiry_seconds: float
-
-
-class InfoMedia(_Model):
-    """What media a client may send; `image_size` is what `detail: auto` means."""
-
-    max_bytes: int
-    max_pixels: int
-    max_audio_seconds: float
-    max_video_seconds: float
-    max_video_frames: int
-    max_per_request: int
-    image_sizes: tuple[int, ...]
-    image_size: int | None
-    store_bytes: int
-    max_blobs: int
-    blob_expiry_seconds: float
-
-
-class InfoSubmodel(_Model):
-    """One size of the bundle; a `rung` is one that no smaller one equals."""
-
-    name: str
-    effective_params: int
-    decoder_bytes: int
-    mmlu_percent: float | None
-    rung: bool
-
-
-class Info(_Model):
-    """What the node is; changes only when it starts anew or loads another bundle.
-
-    `media` is null where the bundle takes text only.
-    """
-
-    node: str
-    boot: str
-    versions: dict[str, str]
-    bundle: str
-    submodels: tuple[InfoSubmodel, ...]
-    modalities: tuple[str, ...]
-    limits: InfoLimits
-    media: InfoMedia | None
-    config: dict[str, Any]
-    schemas: dict[str, Any]
-
-
-PUBLIC: tuple[type[BaseModel], ...] = (
-    Request, Accepted, Delta, Done, Error,
-    CancelRequest, SubmodelRequest, ModalityRequest, HealthRequest, BlobInit, BlobFin, ControlReply,
-    Availability, State, Health, Info,
-)  # fmt: skip
-
-
-def schemas() -> dict[str, Any]:
-    """Return the JSON schema of every message, by the model's name."""
-    return {model.__name__: model.model_json_schema() for model in PUBLIC}
