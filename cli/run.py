@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     from nestd.daemon.logs import configure
     from nestd.daemon.mqtt.connect import blob_options, node_options
     from nestd.daemon.mqtt.transport import PahoTransport
-    from nestd.daemon.service import Daemon, Parts
+    from nestd.daemon.node import Parts
+    from nestd.daemon.service import Daemon
 
     overrides: dict[str, object] = {
         "bundle": None if args.bundle is None else str(args.bundle),

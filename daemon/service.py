@@ -2,57 +2,35 @@
 
 One thread, one queue. The transport, the engine process and signals put events on the queue; the
 main loop takes them off one by one, so nothing here needs a lock. What each event means is in
-`intake`, `dispatch`, `control` and `status`; this file wires them and knows the order of things.
+`intake`, `dispatch`, `control` and `status`, which `node` puts together; this file knows the order
+of things.
 """
 
 from __future__ import annotations
 
 import logging
 import signal
-import time
-import uuid
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import Any
 
-from nestd.bundle.errors import BrokerError, Loading, RequestError
-from nestd.bundle.manifest import Manifest, Modality
-from nestd.daemon.blobs import Blobs
-from nestd.daemon.content import Contents
-from nestd.daemon.control import Control
-from nestd.daemon.conversations import Conversations
-from nestd.daemon.delivery import Delivery
-from nestd.daemon.dispatch import Dispatch
-from nestd.daemon.elastic.governor import Board, Governor
-from nestd.daemon.elastic.resources import Sampler
-from nestd.daemon.home_assistant import HomeAssistant
-from nestd.daemon.intake import Intake, IntakeRules
-from nestd.daemon.journal import Journal
-from nestd.daemon.media_store import MediaStore
-from nestd.daemon.metrics import Metrics
+from nestd.bundle.errors import BrokerError, Loading
+from nestd.bundle.manifest import Manifest
 from nestd.daemon.mqtt.packets import (
     Connected,
     Disconnected,
     GaveUp,
-    MakeWill,
     Published,
     Received,
     Subscription,
-    Transport,
     TransportEvent,
 )
-from nestd.daemon.mqtt.topics import CONTROL_VERBS, Topics
-from nestd.daemon.notify import Notifier
-from nestd.daemon.presence import Presence
-from nestd.daemon.replies import Replies
-from nestd.daemon.requests import RequestBook, RequestRecord
+from nestd.daemon.mqtt.topics import CONTROL_VERBS
+from nestd.daemon.node import Node, Parts
+from nestd.daemon.requests import RequestRecord
 from nestd.daemon.settings import Settings
-from nestd.daemon.status import Status, parse_limits
-from nestd.daemon.supervisor import EngineEvent, MakeEngine, Supervisor
-from nestd.daemon.uploads import Uploads
+from nestd.daemon.supervisor import EngineEvent
 
 log = logging.getLogger(__name__)
 
@@ -80,135 +58,26 @@ class UploadEvent:
 
 
 DaemonEvent = TransportEvent | EngineEvent | UploadEvent | StopRequested
-MakeTransport = Callable[[MakeWill], Transport]
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a daemon is made of; tests put in other transports, engines and clocks.
-
-    Attributes:
-        make_blob_transport: a second connection, for blobs; None where none are taken.
-        board: makes snapshots; None reads this machine, below the setting `sysroot`.
-        config: the settings without secrets, for `info`.
-    """
-
-    make_transport: MakeTransport
-    make_engine: MakeEngine
-    make_blob_transport: Callable[[], Transport] | None = None
-    board: Board | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-    clock: Callable[[], float] = time.monotonic
-    wall_clock: Callable[[], float] = time.time
-    notifier: Notifier = field(default_factory=Notifier)
 
 
 class Daemon:
-    """One node."""
+    """The life of one node."""
 
     def __init__(self, settings: Settings, manifest: Manifest, parts: Parts) -> None:
-        self._settings = settings
-        self._clock = parts.clock
-        self._notifier = parts.notifier
+        """Put the node together.
+
+        Raises:
+            ConfigError: the configuration names a sub-model that the bundle does not have.
+        """
         # SimpleQueue, because its put() may be called from a signal handler.
         self.events: SimpleQueue[DaemonEvent] = SimpleQueue()
+        self.node = Node(settings, manifest, parts, self.events.put)
+        self._clock = parts.clock
+        self._notifier = parts.notifier
         self._online = False
         self._next_sweep = float("-inf")
         self._stop_requests = 0
         self._gave_up: str | None = None
-
-        mqtt = settings.mqtt
-        self.topics = Topics(mqtt.prefix, settings.node_name, mqtt.response_topics, mqtt.pools)
-        limits = parse_limits(settings)
-        boot = uuid.uuid4().hex[:12]
-        self._presence = Presence(self.topics.availability, boot)
-        self._transport = parts.make_transport(self._presence.will)
-        self.delivery = Delivery(self._transport)
-        self.book = RequestBook(settings.limits.queue)
-        self._journal = Journal(settings.journal_path, self._clock, parts.wall_clock)
-        for record in self._journal.load():
-            self.book.store(record)
-            if record.final is not None and not record.final.confirmed:
-                self.delivery.send(record.final)
-        self._replies = Replies(self._transport, self.delivery, self.book, self._journal)
-        self._supervisor = Supervisor(parts.make_engine, self.events.put)
-        self._governor = Governor(
-            settings,
-            manifest,
-            parts.board or Sampler(settings.sysroot),
-            self.book,
-            self._supervisor,
-            self._clock(),
-        )
-        media = settings.media
-        self._store = MediaStore(settings.media_path, media.store_bytes)
-        self._blobs = Blobs(
-            settings.media_path / "blobs", self._store, media, settings.limits.max_expiry_s
-        )
-        self._blobs.load(parts.wall_clock())
-        self._store.clear()
-        contents = Contents(media, manifest, self._store, self._blobs)
-        rules = settings.limits
-        self._conversations = Conversations(
-            rules.conversations, rules.conversation_expiry_s, rules.max_prompt_chars, self._store
-        )
-        self._uploads: Uploads | None = None
-        if parts.make_blob_transport is not None and manifest.modalities != ("text",):
-            transport = parts.make_blob_transport()
-            self._uploads = Uploads(transport, self.topics, limits, self._blobs, parts.wall_clock)
-        self._intake = Intake(
-            IntakeRules(self.topics, limits, settings.limits, manifest),
-            self.book,
-            self.delivery,
-            self._replies,
-            contents,
-            self._conversations,
-            self._unavailable,
-        )
-        self._dispatch = Dispatch(
-            self.book,
-            self._supervisor,
-            self._replies,
-            self._governor,
-            self._intake,
-            self._conversations,
-            manifest,
-            settings.limits.max_tokens,
-        )
-        self.status = Status(
-            settings,
-            self.topics,
-            manifest,
-            boot,
-            self._transport,
-            self.book,
-            self._dispatch,
-            self._supervisor,
-            self._replies,
-            self._governor,
-            contents,
-            parts.config,
-            self._clock(),
-        )
-        self._metrics = Metrics(
-            settings.metrics, self.topics.node, manifest.name, self.status, self.book
-        )
-        self._home_assistant = HomeAssistant(
-            settings.home_assistant,
-            self.topics,
-            manifest,
-            settings.elastic.memory.pressure_percent,
-            self._transport,
-        )
-        self._control = Control(
-            self.topics,
-            limits,
-            self.book,
-            self._dispatch,
-            self._replies,
-            self._governor,
-            self._health_data,
-        )
 
     # The three parts of a life
 
@@ -234,11 +103,12 @@ class Daemon:
 
     def startup(self) -> None:
         """Start to connect and to load; neither is waited for."""
-        self._metrics.start()
-        self._supervisor.start(self._clock())
-        self._transport.start(self._take_in)
-        if self._uploads is not None:
-            self._uploads.start(lambda event: self.events.put(UploadEvent(event)))
+        node = self.node
+        node.metrics.start()
+        node.supervisor.start(self._clock())
+        node.transport.start(self._take_in)
+        if node.uploads is not None:
+            node.uploads.start(lambda event: self.events.put(UploadEvent(event)))
         self._notifier.send("READY=1")
 
     def main_loop(self) -> None:
@@ -251,27 +121,28 @@ class Daemon:
 
         Requests without a PUBACK stay with the broker, which delivers them to the next process.
         """
+        node = self.node
         self._notifier.send("STOPPING=1")
-        self.status.draining = True
-        if self.topics.shared:
-            self._transport.unsubscribe(list(self.topics.shared))
-        self._hand_back(self.book.waiting)
+        node.status.draining = True
+        if node.topics.shared:
+            node.transport.unsubscribe(list(node.topics.shared))
+        self._hand_back(node.book.waiting)
         deadline = self._clock() + DRAIN_SECONDS
-        while self._online and (self._is_running() or self.delivery.open_finals):
+        while self._online and (self._is_running() or node.delivery.open_finals):
             remaining = deadline - self._clock()
             if remaining <= 0 or self._stop_requests > 1:
                 break
             self.step(min(remaining, self._wait_seconds()))
-        self._hand_back(self.book.running)
-        self._supervisor.stop(ENGINE_STOP_SECONDS)
-        self._governor.close()
-        self._metrics.close()
-        goodbye = self._presence.say(self._transport, "offline") if self._online else None
+        self._hand_back(node.book.running)
+        node.supervisor.stop(ENGINE_STOP_SECONDS)
+        node.governor.close()
+        node.metrics.close()
+        goodbye = node.presence.say(node.transport, "offline") if self._online else None
         self._wait_for(goodbye, self._clock() + GOODBYE_SECONDS)
-        self._journal.tick()
-        self._transport.stop(GOODBYE_SECONDS)
-        if self._uploads is not None:
-            self._uploads.stop(GOODBYE_SECONDS)
+        node.journal.tick()
+        node.transport.stop(GOODBYE_SECONDS)
+        if node.uploads is not None:
+            node.uploads.stop(GOODBYE_SECONDS)
         log.info("stopped")
 
     # One turn of the loop
@@ -288,18 +159,19 @@ class Daemon:
 
     def handle(self, event: DaemonEvent) -> None:
         """React to one event."""
+        node = self.node
         now = self._clock()
         if isinstance(event, Received):
             self._received(event, now)
         elif isinstance(event, EngineEvent):
-            if self._supervisor.note(event, now):
-                self._metrics.note(event.event, now)
-                self._dispatch.handle(event.event, now)
+            if node.supervisor.note(event, now):
+                node.metrics.note(event.event, now)
+                node.dispatch.handle(event.event, now)
         elif isinstance(event, UploadEvent):
-            if self._uploads is not None:
-                self._uploads.handle(event.event)
+            if node.uploads is not None:
+                node.uploads.handle(event.event)
         elif isinstance(event, Published):
-            self.delivery.published(event.mid, event.refusal)
+            node.delivery.published(event.mid, event.refusal)
         elif isinstance(event, Connected):
             self._connected(event, now)
         elif isinstance(event, Disconnected):
@@ -312,49 +184,52 @@ class Daemon:
 
     def tick(self) -> None:
         """Do what the clock or the last event has made due."""
+        node = self.node
         now = self._clock()
-        self._governor.tick(now)
+        node.governor.tick(now)
         if now >= self._next_sweep:
-            self._dispatch.expire(now)
-            self._journal.sweep()
-            if self._uploads is not None:
-                self._uploads.tick()
+            node.dispatch.expire(now)
+            node.journal.sweep()
+            if node.uploads is not None:
+                node.uploads.tick()
             self._next_sweep = self._sweep_after(now)
-        self._supervisor.tick(now, busy=bool(self.book.running))
-        if not self.status.draining:
-            self._dispatch.start_next(now)
-        owners = (self.book.waiting, self.book.running, self._conversations.owners)
-        self._store.release_all_but({*chain(*owners), *self._blobs.ids})
-        self.delivery.send_waiting()
-        self._journal.tick()
+        node.supervisor.tick(now, busy=bool(node.book.running))
+        if not node.status.draining:
+            node.dispatch.start_next(now)
+        owners = (node.book.waiting, node.book.running, node.conversations.owners)
+        node.store.release_all_but({*chain(*owners), *node.blobs.ids})
+        node.delivery.send_waiting()
+        node.journal.tick()
         if self._online:
-            self.status.tick(now)
-            self._home_assistant.tick(self._governor.snapshot)
-        self._metrics.tick(now)
-        phase, reason = self.status.phase()
+            node.status.tick(now)
+            node.home_assistant.tick(node.governor.snapshot)
+        node.metrics.tick(now)
+        phase, reason = node.status.phase()
         self._notifier.status(phase if reason is None else f"{phase}: {reason}")
         self._notifier.alive(now)
 
     # What events mean
 
     def _received(self, received: Received, now: float) -> None:
-        verb = self.topics.verb_of(received.topic)
-        if received.topic == self.topics.availability:
-            if not self.status.draining:
-                self._gave_up = self._presence.hear(self._transport, received, now)
-        elif verb == "generate" and self.status.draining and received.qos > 0:
+        node = self.node
+        verb = node.topics.verb_of(received.topic)
+        if received.topic == node.topics.availability:
+            if not node.status.draining:
+                self._gave_up = node.presence.hear(node.transport, received, now)
+        elif verb == "generate" and node.status.draining and received.qos > 0:
             log.info("a request stays with the broker: the node is stopping")
         elif verb == "generate":
-            self._intake.take(received, now)
+            node.intake.take(received, now)
         elif verb is not None:
-            self._control.take(received, verb, now)
+            node.control.take(received, verb, now)
         else:
-            self._home_assistant.hear(received)
+            node.home_assistant.hear(received)
 
     def _connected(self, event: Connected, now: float) -> None:
+        node = self.node
         self._online = True
-        self._replies.maximum_packet_size = event.maximum_packet_size
-        counters = self._replies.counters
+        node.replies.maximum_packet_size = event.maximum_packet_size
+        counters = node.replies.counters
         first = counters["connections"] == 0
         counters["connections"] += 1
         if not event.session_present and not first:
@@ -364,19 +239,19 @@ class Daemon:
                 "their clients have to send them again"
             )
         log.info("connected (connection %d)", event.connection)
-        generate = self.topics.request("generate")
-        self._transport.subscribe(
+        generate = node.topics.request("generate")
+        node.transport.subscribe(
             [
-                *(Subscription(topic, 1) for topic in (generate, *self.topics.shared)),
-                *(Subscription(self.topics.request(verb), 0) for verb in CONTROL_VERBS),
-                Subscription(self.topics.availability, 0),
-                *self._home_assistant.subscriptions(),
+                *(Subscription(topic, 1) for topic in (generate, *node.topics.shared)),
+                *(Subscription(node.topics.request(verb), 0) for verb in CONTROL_VERBS),
+                Subscription(node.topics.availability, 0),
+                *node.home_assistant.subscriptions(),
             ]
         )
-        self._presence.connected(self._transport, event.connection)
-        self.status.announce(now)
-        self._home_assistant.connected()
-        self.delivery.connected(event.connection)
+        node.presence.connected(node.transport, event.connection)
+        node.status.announce(now)
+        node.home_assistant.connected()
+        node.delivery.connected(event.connection)
 
     def _take_in(self, event: TransportEvent) -> None:
         """Put an event of the transport on the queue (called in the transport's thread)."""
@@ -390,35 +265,25 @@ class Daemon:
 
     # Helpers
 
-    def _unavailable(self, needed: frozenset[Modality]) -> RequestError | None:
-        if self.status.draining:
-            return Loading("the node is stopping: send the request again later")
-        return (
-            self._governor.forbidden(needed)
-            or self._governor.refusal()
-            or self._dispatch.unavailable()
-        )
-
-    def _health_data(self) -> dict[str, Any]:
-        return self.status.health(self._clock()).model_dump(mode="json")
-
     def _is_running(self) -> bool:
-        return any(record.state == "running" for record in self.book.running)
+        return any(record.state == "running" for record in self.node.book.running)
 
     def _hand_back(self, records: tuple[RequestRecord, ...]) -> None:
         """Leave requests to the broker, and answer those that it has not kept (QoS 0)."""
         for record in records:
-            kept = any(self.delivery.is_open(entry) for entry in record.entries)
+            kept = any(self.node.delivery.is_open(entry) for entry in record.entries)
             if record.state != "ended" and not kept:
-                self._replies.refuse(record, Loading("the node is stopping: send it again later"))
+                self.node.replies.refuse(
+                    record, Loading("the node is stopping: send it again later")
+                )
 
     def _wait_seconds(self) -> float:
-        due = (self._next_sweep, self._supervisor.respawn_at, self._governor.next_sample)
+        due = (self._next_sweep, self.node.supervisor.respawn_at, self.node.governor.next_sample)
         return max(0.0, min(at for at in due if at is not None) - self._clock())
 
     def _sweep_after(self, now: float) -> float:
         """When to look for expired requests again: seldom, for it looks at every one."""
-        deadline = self.book.next_deadline()
+        deadline = self.node.book.next_deadline()
         latest = now + LONGEST_WAIT_SECONDS
         if deadline is None:
             return latest
@@ -432,6 +297,6 @@ class Daemon:
             except Empty:
                 return
             if isinstance(event, Published):
-                self.delivery.published(event.mid, event.refusal)
+                self.node.delivery.published(event.mid, event.refusal)
                 if event.mid == mid:
                     return

@@ -324,10 +324,10 @@ def test_no_request_is_lost_whatever_the_board_does(seed: int) -> None:
         memory = chance.choice([AMPLE, AMPLE, THRASHING, replace(AMPLE, available_bytes=GIB)])
         power: Any = chance.choice([None, battery(30), battery(15), Power(under_voltage=True)])
         set_board(node, memory, power, chance.choice([50.0, 80.0, 84.0]))
-        if node.daemon.book.running and chance.random() < 0.5:
+        if node.daemon.node.book.running and chance.random() < 0.5:
             node.engine.finish()
             node.settle()
-    while node.daemon.book.running:
+    while node.daemon.node.book.running:
         node.engine.finish()
         node.settle()
     done = [event["id"] for event in node.events() if event["event"] == "done"]

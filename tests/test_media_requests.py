@@ -40,7 +40,7 @@ def started(node: Node) -> list[MediaContent]:
 
 
 def stored(node: Node) -> list[Path]:
-    directory = node.daemon._settings.media_path
+    directory = node.settings.media_path
     return sorted(file for file in directory.glob("*") if file.is_file())
 
 
@@ -91,7 +91,7 @@ def test_two_requests_with_one_picture_share_its_file(node: Node) -> None:
 def test_no_medium_waits_in_memory(node: Node) -> None:
     ask(node, base64_part("image", PICTURE))
     ask(node, base64_part("image", PICTURE), id="waits")
-    [record] = node.daemon.book.waiting
+    [record] = node.daemon.node.book.waiting
     assert base64.b64encode(PICTURE).decode() not in repr(record)
     assert all(entry.received.payload == b"" for entry in record.entries)
 

@@ -44,7 +44,7 @@ def scraped_node() -> Iterator[Node]:
 def scrape(node: Node) -> Samples:
     """Return name and label values -> value, of all samples."""
     node.pass_time(1.1)
-    listen = node.daemon._settings.metrics.listen
+    listen = node.settings.metrics.listen
     with urlopen(f"http://{listen}/metrics") as answer:
         text = answer.read().decode()
     return {

@@ -561,7 +561,7 @@ def test_a_stop_finishes_what_runs_and_hands_back_the_rest(node: Node) -> None:
 
 def test_a_request_that_comes_while_stopping_stays_with_the_broker(node: Node) -> None:
     node.ask(id="runs")
-    node.daemon.status.draining = True
+    node.daemon.node.status.draining = True
     node.ask(id="late")
     node.ask(id="unkept", qos=0)
     assert [(e["id"], e["event"]) for e in node.events()] == [

@@ -16,7 +16,8 @@ from nestd.daemon.config import load_settings, parse_assignments
 from nestd.daemon.logs import configure
 from nestd.daemon.mqtt.connect import blob_options, node_options
 from nestd.daemon.mqtt.transport import PahoTransport
-from nestd.daemon.service import Daemon, Parts
+from nestd.daemon.node import Parts
+from nestd.daemon.service import Daemon
 from support.engine import EchoEngine, small_manifest
 from support.node import FakeBoard
 

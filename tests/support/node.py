@@ -15,8 +15,9 @@ from nestd.daemon.elastic.memory import Memory
 from nestd.daemon.elastic.resources import Snapshot
 from nestd.daemon.mqtt.memory import MemoryTransport
 from nestd.daemon.mqtt.packets import MakeWill, Transport
+from nestd.daemon.node import Parts
 from nestd.daemon.notify import Notifier
-from nestd.daemon.service import Daemon, Parts
+from nestd.daemon.service import Daemon
 from nestd.daemon.settings import Settings
 from support.engine import FakeEngine, small_manifest
 
@@ -65,7 +66,7 @@ class Node:
         self.engines: list[FakeEngine] = []
         self.transport = MemoryTransport()
         self.uploads = MemoryTransport()
-        settings = settings_for_tests(**({"state_directory": directory} | overrides))
+        self.settings = settings_for_tests(**({"state_directory": directory} | overrides))
         parts = Parts(
             make_transport=self._make_transport,
             make_engine=self._make_engine,
@@ -75,8 +76,8 @@ class Node:
             wall_clock=lambda: self.now,
             notifier=Notifier(""),
         )
-        self.daemon = Daemon(settings, small_manifest(encoders), parts)
-        self.base = self.daemon.topics.base
+        self.daemon = Daemon(self.settings, small_manifest(encoders), parts)
+        self.base = self.daemon.node.topics.base
 
     def _make_transport(self, make_will: MakeWill) -> Transport:
         self.transport = MemoryTransport(make_will)
