@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from typing import Any
 
@@ -11,6 +12,9 @@ import soundfile
 from PIL import Image
 
 FloatArray = npt.NDArray[np.float32]
+# What stands in for media where nobody looks inside.
+PICTURE = b"\xff\xd8\xff a picture"
+SOUND = b"RIFF1234WAVE a clip"
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -68,3 +72,7 @@ def video(
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
     return file.getvalue()
+
+
+def base64_part(kind: str, data: bytes, **more: Any) -> dict[str, Any]:
+    return {"type": kind, "data": base64.b64encode(data).decode()} | more

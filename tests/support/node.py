@@ -121,6 +121,16 @@ class Node:
         self.settle()
         return received.mid
 
+    def ask_about(self, *parts: dict[str, Any], **fields: Any) -> int:
+        """Deliver a request of one turn with these parts, under the id `a`; return its mid."""
+        return self.ask(
+            **{"id": "a", "messages": [{"role": "user", "content": list(parts)}]} | fields
+        )
+
+    def stored_media(self) -> list[Path]:
+        """Return the files of media that lie on the disk."""
+        return sorted(file for file in self.settings.media_path.glob("*") if file.is_file())
+
     def control(
         self, verb: str, reply: str = "clients/me/control", **fields: Any
     ) -> dict[str, Any]:
