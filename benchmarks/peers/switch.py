@@ -6,7 +6,8 @@ BUNDLE is an int4 one of E4B's shape, the GGUF files come from gguf_checkpoint.p
 checkpoint; PYTHON is an environment with llama-cpp-python. Rounds alternate between nestd and
 llama.cpp (with its weights repacked, the default, and without), each idle while the other runs.
 Writes benchmarks/results/switch.json and .md. Weights are random: only
-time and memory mean anything.
+time and memory mean anything. Where other work wants the cores too, set OMP_WAIT_POLICY=passive:
+llama.cpp's threads otherwise spin for each other and become several times slower.
 """
 
 from __future__ import annotations
@@ -39,10 +40,7 @@ class LlamaCpp:
         command += ["--after", str(args.after)]
         command.append("--repack" if repack else "--no-repack")
         pipe = subprocess.PIPE
-        # Threads that spin while they wait for each other make llama.cpp several times slower where
-        # something else wants the cores, as on a board.
-        env = os.environ | {"OMP_WAIT_POLICY": "passive"}
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
         self.about = self._read()
 
     def round(self, prompt_tokens: int) -> dict[str, Any]:
@@ -78,7 +76,8 @@ def main() -> None:
     report: dict[str, Any] = {
         "machine": machine(args.threads),
         "note": args.note,
-        "load average before": os.getloadavg(),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
+        "load averages": [os.getloadavg()[0]],
         "answer tokens": args.answer,
         "file bytes": {
             name: path.stat().st_size
@@ -113,7 +112,7 @@ def main() -> None:
             for name, peer in peers.items():
                 report["runs"][name][str(prompt)].append(peer.round(prompt))
         report["rounds"] = number + 1
-        report["load average after"] = os.getloadavg()
+        report["load averages"].append(os.getloadavg()[0])
         write(report)
         print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
     for peer in peers.values():

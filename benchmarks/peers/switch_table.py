@@ -11,7 +11,7 @@ def table(report: dict[str, Any]) -> str:
     """Return the report as Markdown: medians of its rounds, and llama.cpp's time over nestd's."""
     machine, versions = report["machine"], report["versions"]
     peers = list(report["runs"])
-    before, after = report["load average before"][0], report["load average after"][0]
+    loads = ", ".join(f"{load:.1f}" for load in report["load averages"])
     lines = [
         "# Another size in the middle of an answer",
         "",
@@ -22,8 +22,10 @@ def table(report: dict[str, Any]) -> str:
         "",
         f"{machine['cpu']}, {machine['threads']} threads of {machine['cores']} cores,",
         f"commit {machine['commit']}; onnxruntime {versions['onnxruntime']}, llama-cpp-python",
-        f"{versions['llama-cpp-python']} (built for this CPU, its threads wait passively).",
-        f"Load average {before:.1f} before, {after:.1f} after. {report['note']}".rstrip(),
+        f"{versions['llama-cpp-python']} (built for this CPU,",
+        f"OMP_WAIT_POLICY {report['OMP_WAIT_POLICY']}).",
+        f"Load average before and after each round: {loads}; the benchmark itself makes 2.",
+        report["note"],
     ]
     for prompt in next(iter(report["runs"].values())):
         lines += [
@@ -36,10 +38,10 @@ def table(report: dict[str, Any]) -> str:
         runs = [report["runs"][peer][prompt] for peer in peers]
         for name in ("E2B", "E4B"):
             for part in PARTS:
-                lines.append(row(f"to {name}: {part}, ms", runs, f"to {name}", part))
+                lines += row(f"to {name}: {part}, ms", runs, f"to {name}", part)
         for name in ("E4B", "E2B"):
-            lines.append(row(f"{name}, a decode step, ms", runs, f"step {name}"))
-        lines.append(row("E4B, load, ms", runs, "load E4B"))
+            lines += row(f"{name}, a decode step, ms", runs, f"step {name}")
+        lines += row("E4B, load, ms", runs, "load E4B")
         for label, key in RESIDENT.items():
             cells = [resident(peer, key) for peer in runs]
             lines.append(f"| RSS (anonymous + file), MB: {label} | " + " | ".join(cells) + " | |")
@@ -88,8 +90,11 @@ def figure(rounds: list[dict[str, Any]], *path: str) -> float | None:
     return float(statistics.median(values) if leaf == name else max(values))
 
 
-def row(label: str, runs: list[list[dict[str, Any]]], *path: str) -> str:
+def row(label: str, runs: list[list[dict[str, Any]]], *path: str) -> list[str]:
+    """Return the table's row, none where nobody has the figure."""
     values = [figure(rounds, *path) for rounds in runs]
+    if all(value is None for value in values):
+        return []
     cells = ["" if value is None else f"{value:.1f}" for value in values]
     ratio = ""
     if all(value is not None for value in values):
@@ -99,7 +104,7 @@ def row(label: str, runs: list[list[dict[str, Any]]], *path: str) -> str:
             if min(others) > 10 * own
             else f"{min(others) / own:.2f}"
         )
-    return f"| {label} | " + " | ".join(cells) + f" | {ratio} |"
+    return [f"| {label} | " + " | ".join(cells) + f" | {ratio} |"]
 
 
 def resident(rounds: list[dict[str, Any]], key: str) -> str:
