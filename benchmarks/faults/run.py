@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import scenarios
 from scenarios import SCENARIOS
 
 INTRODUCTION = """# Faults
@@ -31,7 +32,9 @@ def main() -> None:
     parser.add_argument("scenario", nargs="*", choices=[*SCENARIOS, []], help="default: all")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--out", type=Path, help="directory for faults.json and faults.md")
+    parser.add_argument("--bundle", type=Path, help="a bundle with encoders, for soak")
     args = parser.parse_args()
+    scenarios.BUNDLE_WITH_ENCODERS = args.bundle
     results: dict[str, dict[str, Any]] = {}
     for name in args.scenario or SCENARIOS:
         began = time.monotonic()

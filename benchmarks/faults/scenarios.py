@@ -23,6 +23,8 @@ Figures = dict[str, Any]
 ROOMS = ("kitchen", "attic", "office", "garage", "bedroom", "cellar", "hall", "bathroom")
 DEVICES = ("lamp", "heater", "fan", "radio", "curtains", "television", "water pump")
 MOST_OPEN = 8
+# Set by `run.py --bundle`: what `soak` loads and unloads, in place of pocket.
+BUNDLE_WITH_ENCODERS: Path | None = None
 
 
 def question(number: int) -> str:
@@ -281,7 +283,7 @@ def broken_payload(dice: random.Random, number: int) -> bytes:
 def soak(work: Path, scale: float) -> Figures:
     """Encoders load and unload, requests come and go: memory and file descriptors stay flat."""
     cycles, requests = scaled(500, scale), scaled(2000, scale)
-    bundle = pocket_bundle(work, ("text", "vision", "audio"))
+    bundle = BUNDLE_WITH_ENCODERS or pocket_bundle(work, ("text", "vision", "audio"))
     broker, node, witness = start(work, bundle=bundle)
     memory: list[tuple[float, float]] = []
     descriptors: list[tuple[int, int]] = []
