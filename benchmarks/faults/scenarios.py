@@ -285,6 +285,7 @@ def soak(work: Path, scale: float) -> Figures:
     cycles, requests = scaled(500, scale), scaled(2000, scale)
     bundle = BUNDLE_WITH_ENCODERS or pocket_bundle(work, ("text", "vision", "audio"))
     broker, node, witness = start(work, bundle=bundle)
+    witness.wait(lambda: witness.state.get("phase") == "ready", "the engine does not load")
     memory: list[tuple[float, float]] = []
     descriptors: list[tuple[int, int]] = []
     asked = 0
@@ -300,7 +301,7 @@ def soak(work: Path, scale: float) -> Figures:
                 "an encoder neither loads nor unloads",
             )
         while asked < (number + 1) * requests // cycles:
-            witness.say(question(asked), f"r{asked}")
+            witness.say(question(asked), f"r{asked}", max_tokens=16)
             asked += 1
         witness.wait_outstanding(0)
         daemon, engine = node.process(), node.engine()
