@@ -1,7 +1,7 @@
 """What the towers are to say: soft tokens that the frozen model takes for digits and words.
 
-A picture's code is three slots of its sixteen, one of eleven vectors in each (ten digits, none),
-and a constant vector in every other. A clip's code is one vector for each word, with a blank
+A picture's code is one of eleven vectors (ten digits, none) in each of its sixteen cells, of which
+three carry the number. A clip's code is one vector for each word, with a blank
 between and behind. Both are learned through the language model in all its sizes, without a tower:
 that is quick, and a tower then learns from labels which vector belongs where.
 
@@ -22,6 +22,7 @@ import torch
 from media import Pictured, Spoken, encode_user, key_words, pictured, spoken, vocabulary
 from model import load_submodels, make_elastic, select
 from multimodal import GROUP, language_model, load_or_grow, logits_with_media
+from pictures import NONE
 from pool import FOLDER
 from tokenizer import (
     AUDIO_IDS,
@@ -38,8 +39,8 @@ from train import IGNORE
 from transformers import Gemma3nForCausalLM
 
 SLOTS: Final = range(4, 7)  # of a picture's soft tokens, those that carry digits
-NONE: Final = 10  # the eleventh vector of such a slot
 ROWS: Final = 16
+NOISE: Final = 0.3
 CODES: Final = FOLDER / "codes.pt"
 
 
@@ -49,12 +50,6 @@ def unit(vectors: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def digit_classes(number: int) -> list[int]:
-    """The vector of each slot for a number of at most three digits."""
-    digits = [int(digit) for digit in str(number)]
-    return digits + [NONE] * (len(SLOTS) - len(digits))
-
-
 class PictureCode(nn.Module):
     """Soft tokens of a number, and the embeddings of the picture's own ids."""
 
@@ -62,18 +57,16 @@ class PictureCode(nn.Module):
         super().__init__()
         embed, ids = lm.model.embed_tokens.weight.detach(), _ids(tokenizer, "0123456789 ")
         self.digits = nn.Parameter(embed[ids].clone())
-        self.rest = nn.Parameter(embed[ids[-1]].repeat(IMAGE_TOKENS, 1))
         self.hard = nn.Parameter(embed[_ids(tokenizer, "\n")].repeat(GROUP, 1))
 
     def forward(self, requests: list[Pictured], rng: random.Random) -> torch.Tensor:
         """Return [requests, IMAGE_TOKENS, hidden]."""
         del rng
-        classes = torch.tensor([digit_classes(request.number) for request in requests])
-        soft = self.rest.repeat(len(requests), 1, 1)
-        soft = torch.cat(
-            [soft[:, : SLOTS.start], self.digits[classes], soft[:, SLOTS.stop :]], dim=1
-        )
-        return unit(soft)
+        classes = torch.full((len(requests), IMAGE_TOKENS), NONE)
+        for row, request in zip(classes, requests, strict=True):
+            digits = [int(digit) for digit in str(request.number)]
+            row[SLOTS.start : SLOTS.start + len(digits)] = torch.tensor(digits)
+        return unit(self.digits[classes])
 
 
 class WordCode(nn.Module):
@@ -96,11 +89,10 @@ class WordCode(nn.Module):
         for request in requests:
             row = [blank] * (AUDIO_TOKENS + 1)
             while len(row) > AUDIO_TOKENS:
-                row, often = [blank] * rng.randint(1, 3), rng.choice([0.2, 0.5, 0.7])
+                row = [blank] * rng.randint(0, 4)
                 for word in key_words(request.words):
-                    row.append(self.index[word])
-                    row += [blank] * ((rng.random() < often) + (rng.random() < often * 0.3))
-                row += [blank] * rng.randint(0, 2)
+                    row += [self.index[word]] * rng.choice([1, 1, 2])
+                    row += [blank] * rng.randint(0, 4)
             rows.append(row + [padding] * (AUDIO_TOKENS - len(row)))
         return unit(table[torch.tensor(rows)])
 
@@ -132,6 +124,7 @@ def learn(
             for r in requests
         ]
         soft = forward(requests, rng)
+        soft = unit(soft + NOISE * torch.randn_like(soft))  # no tower will hit them exactly
         logits, labels = logits_with_media(lm, pairs, soft, unit(code.hard), first_id)
         loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -143,7 +136,7 @@ def learn(
 
 
 def load_codes(path: Path = CODES) -> dict[str, torch.Tensor]:
-    """What `main` wrote: image.digits, image.rest, image.hard, audio.words, audio.hard."""
+    """What `main` wrote: image.digits, image.hard, audio.words, audio.hard."""
     codes: dict[str, torch.Tensor] = torch.load(path, weights_only=True)
     return codes
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -22,30 +23,34 @@ import pictures
 import sounds
 from data import Split
 from media import Pictured, Spoken, pictured, spoken
-from pictures import SIZE
+from pictures import GRID, SIZE
 
 from nestd.daemon.prompt.audio import BINS, mel
 from nestd.daemon.prompt.image import squash
 
 FOLDER: Final = Path(tempfile.gettempdir()) / "pocket"
 CHUNK: Final = 250
-FRAMES: Final = 512  # of 32 soft tokens
+FRAMES: Final = 192  # of 12 soft tokens
 
 Work = Callable[[Split, int, int], tuple[npt.NDArray[Any], ...]]
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """`pixels` uint8 [n, 3, 256, 256], which are `handwritten` [n], and a request around each."""
+    """`pixels` uint8 [n, 3, 256, 256], digits in their `cells` [n, 16], and what is asked.
+
+    `handwritten` [n] tells which numbers are, `requests` has one around each picture.
+    """
 
     pixels: npt.NDArray[np.uint8]
+    cells: npt.NDArray[np.int64]
     handwritten: npt.NDArray[np.bool_]
     requests: list[Pictured]
 
 
 @dataclass(frozen=True)
 class Clips:
-    """`features` float16 [n, 512, 128], of which the first `frames` [n] count, and the requests."""
+    """`features` float16 [n, 192, 128], of which the first `frames` [n] count, and the requests."""
 
     features: npt.NDArray[np.float16]
     frames: npt.NDArray[np.int64]
@@ -53,11 +58,14 @@ class Clips:
 
 
 def picture_pool(split: Split, seed: int, count: int) -> Pictures:
-    """Return `count` pictures: a third shows one digit, half two, the rest three."""
+    """Return `count` pictures: a third shows one digit, half two, the rest three.
+
+    In training most have digits in the other rows too, so that one picture teaches more.
+    """
     made = _made("pictures", _pictures, split, seed, count)
-    pixels, numbers, handwritten = (np.concatenate(part) for part in zip(*made, strict=True))
+    pixels, cells, numbers, handwritten = (np.concatenate(part) for part in zip(*made, strict=True))
     requests = _around(split, seed, [int(number) for number in numbers])
-    return Pictures(pixels, handwritten, requests)
+    return Pictures(pixels, cells, handwritten, requests)
 
 
 def clip_pool(split: Split, seed: int, count: int) -> Clips:
@@ -68,14 +76,24 @@ def clip_pool(split: Split, seed: int, count: int) -> Clips:
 
 
 def _around(split: Split, seed: int, numbers: list[int]) -> list[Pictured]:
-    """Return a request for each number: one whose own has as many digits, replaced."""
+    """Return a request for each number: one whose own has as many digits, replaced.
+
+    A thermostat's is not replaced, no room has 90 degrees; and three digits take the place of a
+    timer's two, because other numbers are percentages.
+    """
     stream, result = pictured(split, seed), []
-    waiting: dict[int, list[Pictured]] = {1: [], 2: [], 3: []}
+    waiting: defaultdict[str, list[Pictured]] = defaultdict(list)
     for number in numbers:
-        fitting = waiting[len(str(number))]
+        place = "timer" if number > 99 else f"{len(str(number))} digits"
+        fitting = waiting[f"thermostat {number}"] or waiting[place]
         while not fitting:
             request = next(stream)
-            waiting[len(str(request.number))].append(request)
+            if '"thermostat"' in request.command:
+                waiting[f"thermostat {request.number}"].append(request)
+            elif '"timer"' in request.command and len(str(request.number)) == 2:
+                waiting["timer"].append(request)
+            else:
+                waiting[f"{len(str(request.number))} digits"].append(request)
         request = fitting.pop()
         command = request.command.replace(f":{request.number}", f":{number}")
         result.append(replace(request, number=number, command=command))
@@ -107,14 +125,16 @@ def _keep(work: Work, job: tuple[Split, int, int], file: Path) -> None:
 def _pictures(split: Split, seed: int, chunk: int) -> tuple[npt.NDArray[Any], ...]:
     rng = random.Random(f"pictures-{split}-{seed}-{chunk}")
     pixels = np.zeros((CHUNK, 3, SIZE, SIZE), np.uint8)
+    cells = np.zeros((CHUNK, GRID * GRID), np.int64)
     numbers, handwritten = np.zeros(CHUNK, np.int64), np.zeros(CHUNK, np.bool_)
     for i in range(CHUNK):
         low, high = rng.choice([(0, 9)] * 2 + [(10, 99)] * 3 + [(100, 999)])
         numbers[i] = rng.randint(low, high)
-        picture, kind = pictures.draw(rng, int(numbers[i]), split)
+        crowded = split == "train" and rng.random() < 0.75
+        picture, kind, cells[i] = pictures.draw(rng, int(numbers[i]), split, crowded)
         pixels[i] = np.rint(squash(picture, SIZE) * 255)
         handwritten[i] = kind == "handwritten"
-    return pixels, numbers, handwritten
+    return pixels, cells, numbers, handwritten
 
 
 def _clips(split: Split, seed: int, chunk: int) -> tuple[npt.NDArray[Any], ...]:

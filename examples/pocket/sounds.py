@@ -20,7 +20,7 @@ from nestd.daemon.prompt.media import MediaFormat, MediaLimits
 
 Split = Literal["train", "heldout"]
 Sound = npt.NDArray[np.float32]
-LONGEST: Final = 5 * RATE  # samples; 32 soft tokens are 5.1 s
+LONGEST: Final = int(1.9 * RATE)  # samples; 12 soft tokens are 1.92 s
 SILENCE: Final = (0.05, 0.25), (0.3, 0.45)  # seconds before and after the words
 
 ACCENTS: Final = ("en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan")
@@ -56,7 +56,7 @@ def is_available() -> bool:
 def pick_voice(rng: random.Random, split: Split) -> Voice:
     """Return a random voice of one split."""
     name = f"{rng.choice(ACCENTS)}+{rng.choice(VARIANTS[split])}"
-    return Voice(name, rng.randint(125, 185), rng.randint(30, 70))
+    return Voice(name, rng.randint(140, 200), rng.randint(30, 70))
 
 
 def speak(text: str, voice: Voice) -> Sound:
@@ -84,7 +84,7 @@ def record(rng: random.Random, speech: Sound) -> Sound:
     if rng.random() < 0.4:
         sound = _echo(rng, sound)
     strength = float(np.sqrt(np.mean(sound**2)))
-    ratio = 10 ** (rng.uniform(8, 35) / 20)
+    ratio = 10 ** (rng.uniform(15, 35) / 20)
     sound = sound + _noise(rng, noise, len(sound)) * np.float32(strength / ratio)
     level = rng.uniform(0.08, 0.9) / float(np.abs(sound).max())
     return (sound * np.float32(level)).astype(np.float32)

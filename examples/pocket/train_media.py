@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from codes import SLOTS, digit_classes, load_codes
+from codes import SLOTS, load_codes
 from data import Split
 from media import encode_user, key_words, vocabulary
 from model import load_submodels, make_elastic, select
@@ -91,14 +91,13 @@ class Vision:
             pixels = functional.avg_pool2d(pixels, 2)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             soft = self.model.model.get_image_features(pixels).float()
-        classes = torch.tensor([digit_classes(self.pool.requests[i].number) for i in chosen])
-        digits, rest = self.code["image.digits"], self.code["image.rest"]
-        scores = cosines(soft[:, SLOTS.start : SLOTS.stop], digits)
-        target = rest.repeat(len(chosen), 1, 1)
-        target[:, SLOTS.start : SLOTS.stop] = digits[classes]
+        classes = torch.from_numpy(self.pool.cells[chosen])
+        scores = cosines(soft, self.code["image.digits"])
+        target = self.code["image.digits"][classes]
         away = 1 - functional.cosine_similarity(soft, target, dim=-1)
         loss = functional.cross_entropy(SHARPNESS * scores.flatten(0, 1), classes.flatten())
-        right = (scores.argmax(-1) == classes).all(1).float().mean().item()
+        number = slice(SLOTS.start, SLOTS.stop)
+        right = (scores.argmax(-1) == classes)[:, number].all(1).float().mean().item()
         return Step(soft, loss + away.mean(), 100 * right)
 
 
@@ -136,7 +135,8 @@ class Audio:
         padding = hard_embeddings(self.embedder, AUDIO_IDS)[-1]
         soft = functional.pad(soft, (0, 0, 0, AUDIO_TOKENS - soft.shape[1]))
         beyond = torch.arange(AUDIO_TOKENS)[None] >= rows[:, None]
-        scores = functional.log_softmax(SHARPNESS * cosines(soft, self.code["audio.words"]), -1)
+        nearness = cosines(soft, self.code["audio.words"])
+        scores = functional.log_softmax(SHARPNESS * nearness, -1)
         soft = torch.where(beyond[..., None], padding, soft)
         said = [
             [self.index[word] for word in key_words(self.pool.requests[i].words)] for i in chosen
@@ -154,7 +154,8 @@ class Audio:
         for row, words, count in zip(best, said, rows, strict=True):
             heard = torch.unique_consecutive(row[:count])
             right += heard[heard != blank].tolist() == words
-        away = 1 - functional.cosine_similarity(padding, self.code["audio.hard"][-1], dim=-1)
+        # CTC wants the right vector nearest, the language model wants it close.
+        away = (1 - nearness.amax(-1))[~beyond].mean()
         return Step(soft, loss + away, 100 * right / len(chosen))
 
     @staticmethod
@@ -170,6 +171,7 @@ class Audio:
     def _mask(self, features: torch.Tensor, frames: torch.Tensor) -> None:
         features += torch.empty(len(features), 1, 1).uniform_(-1.5, 1.5)  # louder or softer
         for clip, length in zip(features, frames, strict=True):
+            clip.copy_(clip.roll(self.rng.randint(-4, 4), 1))  # a longer or shorter throat
             for _ in range(2):
                 low, width = self.rng.randrange(128), self.rng.randrange(16)
                 clip[:, low : low + width] = clip.mean()
@@ -185,11 +187,12 @@ def _guess(said: str, frames: int) -> list[int]:
     return [int(first + end * (last - first)) // 16 for end in kept]
 
 
-def start_from_code(medium: Vision | Audio) -> None:
+@torch.no_grad()
+def set_own_embeddings(medium: Vision | Audio) -> None:
     """Set the medium's own embeddings so that they come out as the code has them."""
     target = medium.code["image.hard" if isinstance(medium, Vision) else "audio.hard"]
-    inverse = torch.linalg.pinv(medium.embedder.embedding_projection.weight.detach())
-    medium.embedder.embedding.weight.data = target @ inverse.T
+    inverse = torch.linalg.pinv(medium.embedder.embedding_projection.weight)
+    medium.embedder.embedding.weight.copy_(target @ inverse.T)
 
 
 def batches(medium: Vision | Audio, rows: int) -> Iterator[list[int]]:
@@ -272,9 +275,11 @@ def run(
         if number % 50 == 49 or progress >= 1:
             print(f"stage {stage} step {number + 1} {time.time() - started:.0f}s "
                   f"loss {loss.item():.3f} right {shown:.1f} %", flush=True)  # fmt: skip
-        if number % 400 == 399 or progress >= 1:
+        if number % 200 == 199 or progress >= 1:
             current = [weight.detach().clone() for weight in weights]
             _put(weights, average)
+            if stage == 1:
+                set_own_embeddings(medium)  # the projection behind them has changed
             select(lm, layers, submodels[-1], nested_width)
             print("held out:", check(held_out, lm, tokenizer, options.rows), flush=True)
             keep(medium)
@@ -323,8 +328,6 @@ def main() -> None:
         getattr(model.model, name).requires_grad_(True)
     if options.compile and isinstance(medium, Vision):
         medium.compile()
-    if not options.finish:
-        start_from_code(medium)
     for stage in (1, 2):
         if options.minutes[stage - 1] > 0:
             run(medium, held_out, options, stage)
