@@ -23,7 +23,7 @@ INTRODUCTION = """# Faults
 
 `python benchmarks/faults/run.py --out benchmarks/results`: a node with pocket on real Mosquitto,
 broken on purpose. `lost`: no final event ever came. `contradictory`: a client got two different
-final events under one id.
+final events under one id. The soak ran on random tiny encoders (tests/support/multimodal.py).
 """
 
 

@@ -284,7 +284,8 @@ def soak(work: Path, scale: float) -> Figures:
     """Encoders load and unload, requests come and go: memory and file descriptors stay flat."""
     cycles, requests = scaled(500, scale), scaled(2000, scale)
     bundle = BUNDLE_WITH_ENCODERS or pocket_bundle(work, ("text", "vision", "audio"))
-    broker, node, witness = start(work, bundle=bundle)
+    # Answers of the last seconds are kept on purpose: few of them, so that a leak would show.
+    broker, node, witness = start(work, bundle=bundle, engine={"session_cache_bytes": 0})
     witness.wait(lambda: witness.state.get("phase") == "ready", "the engine does not load")
     memory: list[tuple[float, float]] = []
     descriptors: list[tuple[int, int]] = []
@@ -301,7 +302,7 @@ def soak(work: Path, scale: float) -> Figures:
                 "an encoder neither loads nor unloads",
             )
         while asked < (number + 1) * requests // cycles:
-            witness.say(question(asked), f"r{asked}", max_tokens=16)
+            witness.say(question(asked), f"r{asked}", max_tokens=16, expires_in=10)
             asked += 1
         witness.wait_outstanding(0)
         daemon, engine = node.process(), node.engine()
@@ -352,11 +353,15 @@ SCENARIOS: dict[str, Callable[[Path, float], Figures]] = {
 
 
 def start(
-    work: Path, *lines: str, repeats: bool = True, bundle: Path | None = None
+    work: Path,
+    *lines: str,
+    repeats: bool = True,
+    bundle: Path | None = None,
+    **settings: object,
 ) -> tuple[Broker, Node, Witness]:
     broker = Broker(work / "broker", *lines)
     broker.start()
-    node = Node(work, bundle or pocket_bundle(work), broker.port)
+    node = Node(work, bundle or pocket_bundle(work), broker.port, **settings)
     node.start()
     witness = Witness(broker.port, repeats=repeats)
     witness.wait_online()
