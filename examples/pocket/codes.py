@@ -21,9 +21,10 @@ from typing import Any, Final
 import torch
 from media import Pictured, Spoken, encode_user, key_words, pictured, spoken, vocabulary
 from model import load_submodels, make_elastic, select
-from multimodal import GROUP, language_model, load_or_grow, logits_with_media
+from multimodal import GROUP, TOWERS, language_model, load_or_grow, logits_with_media
 from pictures import NONE
 from pool import FOLDER
+from safetensors.torch import load_file
 from tokenizer import (
     AUDIO_IDS,
     AUDIO_TOKENS,
@@ -136,7 +137,10 @@ def learn(
 
 
 def load_codes(path: Path = CODES) -> dict[str, torch.Tensor]:
-    """What `main` wrote: image.digits, image.hard, audio.words, audio.hard."""
+    """What `main` wrote, or else what is in towers/: image.digits, audio.words, hard of both."""
+    if not path.exists():
+        stored = load_file(TOWERS).items()
+        return {name[6:]: value for name, value in stored if name.startswith("codes.")}
     codes: dict[str, torch.Tensor] = torch.load(path, weights_only=True)
     return codes
 
@@ -151,7 +155,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     FOLDER.mkdir(exist_ok=True)
     lm, tokenizer = language_model(load_or_grow()), load_tokenizer()
-    codes = load_codes() if CODES.exists() else {}
+    codes = load_codes()
     for kind in options.kinds:
         code: PictureCode | WordCode
         if kind == "image":
