@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.clients import nestd
+from support.clients import nestd, running_node
 from support.mosquitto import Mosquitto
 
 from nestd.bundle.manifest import Bundle
@@ -39,19 +39,13 @@ LAMP = {
 def node(
     mosquitto: Mosquitto, tiny_bundle: Bundle, tmp_path: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    config = tmp_path / "nestd.yaml"
-    config.write_text(
+    config = (
         f"profile: generic\nnode: tiny\nbundle: {tiny_bundle.path}\n"
         f"mqtt: {{port: {mosquitto.port}}}\nstate_directory: {tmp_path / 'state'}\n"
         "engine: {context_length: 512, prefill_chunk: 32, threads: 1}\n"
     )
-    with (
-        (tmp_path / "nestd.log").open("wb") as log,
-        subprocess.Popen(nestd("run", "--config", str(config)), stdout=log, stderr=log) as process,
-    ):
+    with running_node(tmp_path, config) as process:
         yield process
-        process.terminate()
-        process.wait(15)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.clients import PATIENCE, Listener, listening, nestd
+from support.clients import PATIENCE, Listener, listening, nestd, running_node
 from support.media import clip, encoded, photo, tone
 from support.mosquitto import Mosquitto
 
@@ -36,19 +36,13 @@ def state(tmp_path: Path) -> Path:
 def node(
     mosquitto: Mosquitto, media_bundle: Bundle, tmp_path: Path, state: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    config = tmp_path / "nestd.yaml"
-    config.write_text(
+    config = (
         f"profile: generic\nnode: eyes\nbundle: {media_bundle.path}\n"
         f"mqtt: {{port: {mosquitto.port}}}\nstate_directory: {state}\n"
         "engine: {context_length: 480, prefill_chunk: 32, threads: 1}\n"
     )
-    with (
-        (tmp_path / "nestd.log").open("wb") as log,
-        subprocess.Popen(nestd("run", "--config", str(config)), stdout=log, stderr=log) as process,
-    ):
+    with running_node(tmp_path, config) as process:
         yield process
-        process.terminate()
-        process.wait(15)
 
 
 @pytest.fixture

@@ -126,3 +126,17 @@ def wait_for_line(process: subprocess.Popen[str], words: str) -> None:
     """Read the process's log up to a line with these words."""
     assert process.stderr is not None
     assert any(words in line for line in process.stderr), f"{words!r} is not in the log"
+
+
+@contextmanager
+def running_node(directory: Path, config: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`nestd run` with this configuration; its log is nestd.log in `directory`."""
+    path = directory / "nestd.yaml"
+    path.write_text(config)
+    with (
+        (directory / "nestd.log").open("wb") as log,
+        subprocess.Popen(nestd("run", "--config", str(path)), stdout=log, stderr=log) as process,
+    ):
+        yield process
+        process.terminate()
+        process.wait(15)
