@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from peers.resident import resident as memory
 
 from nestd.daemon.engine.process import environment
 
@@ -43,14 +44,6 @@ def convert(checkpoint: Path, bundle: Path, bits: int) -> dict[str, float]:
     if status:
         sys.exit(f"{' '.join(command)} failed")
     return {"seconds": time.monotonic() - start, "peak_rss_bytes": usage.ru_maxrss * 1024}
-
-
-def memory() -> dict[str, int]:
-    """Return this process's resident bytes: all, anonymous, and of files."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    fields = dict(line.split(":", 1) for line in status.splitlines())
-    kib = {key: int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "RssAnon", "RssFile")}
-    return {"rss": kib["VmRSS"], "anonymous": kib["RssAnon"], "file": kib["RssFile"]}
 
 
 def measure(bundle_path: Path, prepared: Path, threads: int, runs: int) -> dict[str, Any]:
