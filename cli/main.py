@@ -20,6 +20,7 @@ from nestd.bundle.errors import NestdError
 # To add a command: write cli/<name>.py and add its name here.
 COMMANDS: tuple[str, ...] = (
     "ask",
+    "bench",
     "check_config",
     "convert",
     "inspect",
