@@ -49,6 +49,7 @@ class Parts:
         make_blob_transport: a second connection, for blobs; None where none are taken.
         board: makes snapshots; None reads this machine, below the setting `sysroot`.
         config: the settings without secrets, for `info`.
+        check_configuration: raises NestdError if what is on the disk now would not start.
     """
 
     make_transport: MakeTransport
@@ -56,6 +57,7 @@ class Parts:
     make_blob_transport: Callable[[], Transport] | None = None
     board: Board | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    check_configuration: Callable[[], object] = lambda: None
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
     notifier: Notifier = field(default_factory=Notifier)
