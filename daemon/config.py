@@ -1,11 +1,10 @@
 """Loads the configuration: layers it, validates it, and says where each value came from.
 
-    built-in defaults < device profile < nestd.yaml < credentials < environment < command line
+    built-in defaults < device profile < nestd.yaml < environment < command line
 
 The device profile is the one named by the command line, by NESTD_PROFILE or by `profile:` in
 nestd.yaml, else the one detected. In the environment NESTD_MQTT__HOST is `mqtt.host`; every
 variable that starts with NESTD_ is a setting, so a misspelt one is an error and not silence.
-Credentials are the files that systemd hands to a service (`CREDENTIALS` names them).
 
 All errors of all layers are reported at once, one per line, each with its file, line and column
 (or variable, or option), the key, and what to do.
@@ -32,7 +31,6 @@ from nestd.device_profiles import Profile, chain, detect, find
 
 __all__ = [
     "CONFIG_FILE",
-    "CREDENTIALS",
     "HIDDEN",
     "Explained",
     "Settings",
@@ -45,13 +43,6 @@ CONFIG_FILE = "etc/nestd/nestd.yaml"
 HIDDEN = "(set, hidden)"
 _PREFIX = "NESTD_"
 _NOT_SETTINGS = {"NESTD_CONFIG", "NESTD_PROFILE"}
-# Files that may be in systemd's CREDENTIALS_DIRECTORY, and the settings that each of them is.
-CREDENTIALS = {
-    "mqtt-password": "mqtt.password_file",
-    "mqtt-ca": "mqtt.ca_file",
-    "mqtt-cert": "mqtt.cert_file",
-    "mqtt-key": "mqtt.key_file",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +157,6 @@ def explain_settings(
     for item in chain(chosen):
         merged.put_yaml(parse(item.text, item.path), f"profile {item.name}", ("settings",))
     merged.put_yaml(document, "file")
-    if handed := environ.get("CREDENTIALS_DIRECTORY"):
-        for name, key in CREDENTIALS.items():
-            if (file := Path(handed) / name).is_file():
-                merged.put(tuple(key.split(".")), str(file), Origin(f"credential {name}"))
     for name, text in environ.items():
         if name.startswith(_PREFIX) and name not in _NOT_SETTINGS:
             path = tuple(name.removeprefix(_PREFIX).lower().split("__"))

@@ -15,7 +15,6 @@ from support.node import Node
 
 from nestd.bundle.errors import ConfigError
 from nestd.bundle.manifest import Bundle
-from nestd.daemon.config import explain_settings
 from nestd.daemon.notify import Notifier
 from nestd.daemon.service import ReloadRequested, StopRequested
 from nestd.daemon.supervisor import STALL_SECONDS
@@ -177,18 +176,3 @@ def test_sighup_starts_the_same_process_again_with_the_new_configuration(
     assert "did you mean `queue`?" in log
     assert "node renamed" in log
     assert process.returncode == 0
-
-
-def test_credentials_of_the_unit_are_settings_above_the_file_and_below_the_environment(
-    tmp_path: Path,
-) -> None:
-    for name in ("mqtt-password", "mqtt-ca", "unknown"):
-        (tmp_path / name).write_text("secret\n")
-    config = tmp_path / "nestd.yaml"
-    config.write_text("mqtt: {tls: true, username: kitchen, password_file: /elsewhere}\n")
-    environment = {"CREDENTIALS_DIRECTORY": str(tmp_path), "NESTD_MQTT__CA_FILE": "/ca.pem"}
-    explained = explain_settings(config, "generic", environ=environment)
-    assert explained.settings.mqtt.password_file == tmp_path / "mqtt-password"
-    assert explained.origins["mqtt.password_file"] == "credential mqtt-password"
-    assert explained.settings.mqtt.ca_file == Path("/ca.pem")
-    assert explained.settings.mqtt.key_file is None
