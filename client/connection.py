@@ -157,12 +157,24 @@ class Client:
         Raises:
             BrokerError: it says nothing.
         """
-        self._transport.subscribe([Subscription(self._node.info, 1)])
+        return self._retained(self._node.info)
+
+    def state(self) -> Event:
+        """Return what the node does now, and why.
+
+        Raises:
+            BrokerError: it says nothing.
+        """
+        return self._retained(self._node.state)
+
+    def _retained(self, topic: str) -> Event:
+        # Each new subscription brings the retained message once more.
+        self._transport.subscribe([Subscription(topic, 1)])
         deadline = time.monotonic() + CONTROL_SECONDS
         while (event := self._next(deadline)) is not None:
-            if isinstance(event, Received) and event.topic == self._node.info:
+            if isinstance(event, Received) and event.topic == topic and event.retain:
                 return json_object(event.payload)
-        raise BrokerError(f"the node {self._node.node} does not publish its info")
+        raise BrokerError(f"the node {self._node.node} does not publish {topic}")
 
     def upload(self, data: bytes, chunk_bytes: int, timeout: float) -> str:
         """Send `data` as a blob and return its id, once the node has all of it.
