@@ -23,6 +23,7 @@ COMMANDS: tuple[str, ...] = (
     "bench",
     "check_config",
     "convert",
+    "dashboard",
     "inspect",
     "plan",
     "profiles",

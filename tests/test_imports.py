@@ -21,7 +21,8 @@ ARROWS = {
     "conversion": {"conversion", "bundle"},
     "daemon": {"daemon", "bundle", "device_profiles"},
     "client": {"client", "daemon", "bundle"},
-    "cli": {"cli", "client", "daemon", "conversion", "bundle", "device_profiles"},
+    "dashboard": {"dashboard", "bundle"},
+    "cli": {"cli", "client", "daemon", "conversion", "bundle", "dashboard", "device_profiles"},
 }
 # Each has one owner, a file in this folder.
 OWNERS = {"onnxruntime": "daemon/engine", "paho": "daemon/mqtt"}
