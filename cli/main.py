@@ -25,10 +25,12 @@ COMMANDS: tuple[str, ...] = (
     "convert",
     "dashboard",
     "inspect",
+    "install",
     "plan",
     "profiles",
     "run",
     "schema",
+    "uninstall",
     "watch",
 )
 
