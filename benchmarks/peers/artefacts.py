@@ -1,4 +1,4 @@
-"""What run.py measures: a random checkpoint, its bundles and its GGUF files, made where missing.
+"""What run.py measures: random checkpoints, bundles and GGUF files, made where missing.
 
 A step whose result is there is skipped. Nothing half-made is ever taken for a result, and the disk
 is looked at before each step. Sizes of files are those of Gemma 3n's real shapes.
@@ -73,6 +73,16 @@ class Artefacts:
             made = _fresh(path)
             command = [self.llama_python, HERE / "gguf_checkpoint.py", checkpoint, made]
             _run(*command, "--type", TYPES[bits], "--submodel", size)
+            made.rename(path)
+        return path
+
+    def mistralrs(self) -> Path:
+        """Return E4B's checkpoint in mistral.rs's form, with towers."""
+        path = self._work / "checkpoint-mistralrs"
+        if not path.is_dir():
+            self._need(CHECKPOINT_GB["E4B"] + 1, path)
+            made = _fresh(path)
+            _run(sys.executable, HERE / "mistralrs_checkpoint.py", made)
             made.rename(path)
         return path
 

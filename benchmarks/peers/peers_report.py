@@ -12,6 +12,7 @@ COLOURS = {
     "nestd": "#2a6f97",
     "llama.cpp": "#c77d3c",
     "llama.cpp, not repacked": "#e3b587",
+    "mistral.rs": "#6b8f47",
     "transformers": "#8a8a8a",
 }
 

@@ -1,4 +1,4 @@
-"""nestd beside llama.cpp (and transformers) on the same random weights, in one command.
+"""nestd beside llama.cpp, mistral.rs and transformers on random weights of one shape, one command.
 
     python benchmarks/peers/run.py WORK --llama-python LLAMA_VENV/bin/python --bits 4 8 --keep-less
 
@@ -36,7 +36,7 @@ from nestd.cli.bench_measure import Task, in_child, read_bandwidth, watched
 sys.path.append(str(HERE.parent))
 from real_shape import RESULTS, machine
 
-PEERS = ("nestd", "llama.cpp", "llama.cpp, not repacked", "transformers")
+PEERS = ("nestd", "llama.cpp", "llama.cpp, not repacked", "mistral.rs", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,8 @@ def contenders(bits: int, artefacts: Artefacts, args: argparse.Namespace) -> Ite
             yield llama_cpp(size, bits, artefacts, args)
         if "llama.cpp, not repacked" in args.peers:
             yield llama_cpp(size, bits, artefacts, args, "--no-repack")
+        if "mistral.rs" in args.peers:
+            yield mistralrs(size, bits, artefacts, args)
 
 
 def nestd(size: str, bits: int, artefacts: Artefacts, args: argparse.Namespace) -> Contender:
@@ -101,6 +103,17 @@ def llama_cpp(
     measure = partial(foreign, [*command, *settings(args)])
     peer = "llama.cpp, not repacked" if options else "llama.cpp"
     return Contender(peer, size, bits, f"Q{bits}_0", path.stat().st_size, measure)
+
+
+def mistralrs(size: str, bits: int, artefacts: Artefacts, args: argparse.Namespace) -> Contender:
+    if args.mistralrs_python is None:
+        raise SystemExit("mistral.rs needs --mistralrs-python, or leave it out of --peers")
+    path = args.mistralrs_checkpoint or artefacts.mistralrs()
+    script = str(HERE / "mistralrs_bench.py")
+    command = [args.mistralrs_python, script, str(path), size, "--bits", str(bits)]
+    disk = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    measure = partial(foreign, [*command, *settings(args)])
+    return Contender("mistral.rs", size, bits, f"Q{bits}_0 made while it loads", disk, measure)
 
 
 def transformers(size: str, artefacts: Artefacts, args: argparse.Namespace) -> Contender:
@@ -198,6 +211,8 @@ def main() -> None:
         "--gguf", action="append", default=[], type=given_gguf, metavar="SIZE-BITS=FILE"
     )
     parser.add_argument("--checkpoint", type=Path, help="for transformers, of the only one --sizes")
+    parser.add_argument("--mistralrs-python", help="of an environment with mistralrs")
+    parser.add_argument("--mistralrs-checkpoint", type=Path, help="from mistralrs_checkpoint.py")
     parser.add_argument("--prepared", type=Path, help="default: WORK/prepared")
     parser.add_argument("--prompt", nargs="+", type=int, default=[128, 512, 2048])
     parser.add_argument("--decode", type=int, default=32)
