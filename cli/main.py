@@ -24,6 +24,7 @@ COMMANDS: tuple[str, ...] = (
     "check_config",
     "convert",
     "dashboard",
+    "doctor",
     "inspect",
     "install",
     "plan",

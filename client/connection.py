@@ -63,10 +63,11 @@ class Client:
         maximum_packet_size: what the broker takes at most, None where it does not say.
     """
 
-    def __init__(self, transport: Transport, client_id: str, prefix: str) -> None:
+    def __init__(self, transport: Transport, address: str, prefix: str) -> None:
+        """Answers come to `address`, see `nestd.daemon.mqtt.topics.answers_to`."""
         self._transport = transport
         self._prefix = prefix
-        self._reply_topic = f"{CLIENTS}/{client_id}/replies"
+        self._reply_topic = f"{CLIENTS}/{address}/replies"
         self._events: SimpleQueue[TransportEvent] = SimpleQueue()
         # By node; a node that comes back has another birth, its `boot` and `n`.
         self._availability: dict[str, str] = {}

@@ -56,6 +56,11 @@ def save_prepared(path: Path, graph: Path, data: Path, threads: int | None) -> N
     _session(path, options)
 
 
+def providers() -> list[str]:
+    """Return ONNX Runtime's execution providers here; nestd uses the CPU's only."""
+    return list(ort.get_available_providers())
+
+
 def share(buffer: npt.NDArray[np.float32]) -> Any:  # noqa: ANN401  (an OrtValue)
     """Return an OrtValue on the memory of `buffer`, which must outlive it."""
     return ort.OrtValue.ortvalue_from_numpy(buffer)
