@@ -42,7 +42,7 @@ def table(profile: str) -> str:
     allowed = cap_params(settings.elastic, cost)
     reserve = settings.elastic.memory.reserve_bytes
     bandwidth = BANDWIDTH.get(profile)
-    head = ["size", "context", "nestd needs", "must be free", "with pictures", "with sound"]
+    head = ["size", "context", "nestd needs", "must be free", "and for pictures", "and for sound"]
     head += ["at most, tokens/s"] * (bandwidth is not None)
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for stage in cost.stages:
