@@ -17,6 +17,8 @@ import pytest
 from support.clients import PATIENCE, Listener, listening, nestd
 from support.mosquitto import Mosquitto
 
+from nestd.cli.main import main
+
 ROOT = Path(__file__).parents[1]
 PARTS = ("docs", "scripts", "benchmarks/results", "device_profiles")
 FILES = ("mkdocs.yml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
@@ -56,6 +58,24 @@ def test_a_drawing_has_a_title_and_knows_a_dark_ground(path: Path) -> None:
     assert title is not None
     assert title.text
     assert "prefers-color-scheme:dark" in path.read_text(encoding="utf-8")
+
+
+def test_what_the_boards_page_shows_is_what_plan_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "boards" / "index.md").read_text(encoding="utf-8")
+    command, shown = re.findall(r"^\$ nestd (plan .*)\n\.\.\.\n(.*)$", page, re.MULTILINE)[0]
+    assert main(command.split()) == 0
+    assert shown in capsys.readouterr().out.splitlines()
+
+
+def test_the_metrics_of_the_alerts_exist() -> None:
+    told = (ROOT / "docs" / "observability.md").read_text(encoding="utf-8")
+    alerts = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"nestd_[a-z_]+", alerts))
+    assert len(names) >= 4
+    assert {name for name in names if f"`{name}`" not in told} == set()
 
 
 # The site
