@@ -151,6 +151,23 @@ def test_what_home_assistant_would_send_is_a_request(page: Path) -> None:
                 Request.model_validate_json(payload)
 
 
+def test_the_automation_switches_for_a_call_and_for_nothing_else() -> None:
+    (block,) = blocks(ROOT / "docs" / "recipes" / "assistant.md", "yaml")
+    (automation,) = yaml.safe_load(block)["automation"]
+    environment = jinja2.Environment(autoescape=False)
+
+    def render(template: str, answer: dict[str, Any]) -> str:
+        return environment.from_string(template).render(trigger={"payload_json": answer})
+
+    call = {"name": "set_light", "arguments": {"room": "hall", "on": False}}
+    (condition,), (action,) = automation["conditions"], automation["actions"]
+    assert render(condition, {"event": "done", "tool_call": call}) == "True"
+    assert render(action["action"], {"tool_call": call}) == "light.turn_off"
+    assert render(action["target"]["entity_id"], {"tool_call": call}) == "light.hall"
+    for other in ({"event": "done", "tool_call": None}, {"event": "error", "code": "loading"}):
+        assert render(condition, other) == "False"
+
+
 # The programs
 
 

@@ -61,7 +61,9 @@ def settings_page() -> str:
                 default = size_words(key, value["default"])
             else:
                 default = default_words(value["default"])
-            lines.append(f"| `{key}` | {words(value)} | {default} | {own.get(key) or told[full]} |")
+            lines.append(
+                f"| `{key}` | {words(value)} | {default} | {own.get(key) or told.get(full, '')} |"
+            )
         lines.append("")
     return "\n".join(lines)
 
