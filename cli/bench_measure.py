@@ -2,7 +2,7 @@
 
 A process of its own because memory that one run has left behind would count for the next, and
 because the engine, too, is one. Greedy decoding after random ids: what a text means changes no
-figure. The engine's interface is used in `_Sequence` and `_load` only.
+figure. The engine's interface is used in `Session` and `load` only.
 """
 
 from __future__ import annotations
@@ -89,11 +89,12 @@ class Task(Figures):
     decode: int
 
 
-class _Sequence:
-    """One sequence on one sub-model."""
+class Session:
+    """One sequence and its cache; assign `submodel` to change what the next step runs on."""
 
     def __init__(self, graphs: Graphs, submodel: Submodel, capacity: int) -> None:
-        self._graphs, self._submodel = graphs, submodel
+        self.submodel = submodel
+        self._graphs = graphs
         self._cache = graphs.new_cache(capacity)
         self._chunk = EngineOptions().prefill_chunk
 
@@ -103,7 +104,7 @@ class _Sequence:
         for first in range(0, len(ids), self._chunk):
             chunk = ids[first : first + self._chunk]
             last = first + self._chunk >= len(ids)
-            logits = self._graphs.run(chunk, self._cache, self._submodel, need_logits=last)
+            logits = self._graphs.run(chunk, self._cache, self.submodel, need_logits=last)
         assert logits is not None
         return int(logits.argmax())
 
@@ -128,19 +129,19 @@ def prepare(task: Task) -> Preparation:
 def run(task: Task) -> Run:
     """Load and measure; for a process of its own."""
     start = time.perf_counter()
-    graphs, submodel, ids = _load(task)
+    graphs, submodel, ids = load(task)
     loaded = time.perf_counter()
-    warm_up = _Sequence(graphs, submodel, WARM_UP_TOKENS + 1)
+    warm_up = Session(graphs, submodel, WARM_UP_TOKENS + 1)
     token = warm_up.read(ids[:WARM_UP_TOKENS])
     first_token = time.perf_counter()
     warm_up.answer(token, 1)
     rates = []
     for count in task.prompts:
-        sequence = _Sequence(graphs, submodel, count + task.decode)
+        session = Session(graphs, submodel, count + task.decode)
         begin = time.perf_counter()
-        token = sequence.read(ids[:count])
+        token = session.read(ids[:count])
         read = time.perf_counter()
-        sequence.answer(token, task.decode)
+        session.answer(token, task.decode)
         end = time.perf_counter()
         prefill, decode = count / (read - begin), task.decode / (end - read)
         rates.append(Rate(prompt_tokens=count, prefill=prefill, decode=decode))
@@ -154,20 +155,20 @@ def run(task: Task) -> Run:
 
 def run_profiled(task: Task) -> dict[str, Phase]:
     """Return what each operator took in one prompt and in its answer."""
-    graphs, submodel, ids = _load(task)
+    graphs, submodel, ids = load(task)
     (count,) = task.prompts
 
     def work() -> None:
-        _Sequence(graphs, submodel, WARM_UP_TOKENS).read(ids[:WARM_UP_TOKENS])
-        sequence = _Sequence(graphs, submodel, count + task.decode)
-        sequence.answer(sequence.read(ids[:count]), task.decode)
+        Session(graphs, submodel, WARM_UP_TOKENS).read(ids[:WARM_UP_TOKENS])
+        session = Session(graphs, submodel, count + task.decode)
+        session.answer(session.read(ids[:count]), task.decode)
 
     prepared = prepared_decoder(graphs.bundle, task.prepared, task.threads)
     phases = {"prefill": -(-count // EngineOptions().prefill_chunk), "decode": task.decode}
     return profile(graphs, prepared, work, phases)
 
 
-def _load(task: Task) -> tuple[Graphs, Submodel, npt.NDArray[np.int64]]:
+def load(task: Task) -> tuple[Graphs, Submodel, npt.NDArray[np.int64]]:
     """Return the loaded graphs, the sub-model and the ids of the longest prompt."""
     bundle = Bundle.open(task.bundle)
     options = EngineOptions(threads=task.threads, prepared_directory=task.prepared)

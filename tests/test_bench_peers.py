@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -77,24 +79,36 @@ def test_transformers_runs_the_same_lengths(tiny_checkpoint: Path, tmp_path: Pat
         assert min(rate["decode"] for rate in measured["rates"]) > 0
 
 
-def test_what_is_given_and_what_was_made_before_is_not_removed_by_keep_less(
-    tiny_bundle: Bundle, tmp_path: Path
-) -> None:
-    sys.path.insert(0, str(SCRIPT.parent))
-    from artefacts import Artefacts
+@pytest.fixture
+def artefacts(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return import_module("artefacts")
 
+
+def test_keep_less_removes_what_was_made_for_one_width_and_nothing_that_was_given(
+    artefacts: ModuleType, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
     work = tmp_path / "work"
     made = [work / "int8", work / "int4", work / "checkpoint-E4B"]
     for directory in made:
         directory.mkdir(parents=True)
     (work / "E4B-q8_0.gguf").touch()
-    artefacts = Artefacts(work, None, {8: tiny_bundle.path}, {})
-    artefacts.drop(8)
+    made_here = artefacts.Artefacts(work, None, {8: tiny_bundle.path}, {})
+    made_here.drop(8)
     assert [directory.is_dir() for directory in made] == [False, True, True]
     assert not (work / "E4B-q8_0.gguf").exists()
-    artefacts.drop_checkpoints()
+    made_here.drop_checkpoints()
     assert [directory.is_dir() for directory in made] == [False, True, False]
-    assert Bundle.open(artefacts.bundle(8)).manifest == tiny_bundle.manifest
+    assert Bundle.open(made_here.bundle(8)).manifest == tiny_bundle.manifest
+
+
+def test_the_disk_is_looked_at_before_anything_is_written(
+    artefacts: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(artefacts.CHECKPOINT_GB, "E4B", 10**6)
+    with pytest.raises(SystemExit, match="1000000 GB while it is made"):
+        artefacts.Artefacts(tmp_path / "work", None, {}, {}).bundle(8)
+    assert not any((tmp_path / "work").iterdir())
 
 
 def test_llama_cpp_without_its_interpreter_is_refused(tmp_path: Path) -> None:
