@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,15 +34,26 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Run until SIGTERM or SIGINT; at systemd's SIGHUP start again in the same process."""
+    from nestd.bundle.trust import authenticate
+    from nestd.cli.notice import show_once
     from nestd.daemon.engine.process import EngineProcess
     from nestd.daemon.logs import configure
     from nestd.daemon.mqtt.transport import PahoTransport
     from nestd.daemon.node import Parts
+    from nestd.daemon.notify import Notifier
     from nestd.daemon.service import Daemon
 
     explained, bundle, mqtt_options, uploads = _read(args)
     settings, options = explained.settings, explained.settings.engine_options()
     configure(settings.log_level, settings.log_format)
+    notifier = Notifier()
+    authenticate(
+        bundle,
+        settings.bundle_sha256,
+        settings.bundle_signers,
+        before_each=lambda _name: notifier.extend(time.monotonic()),
+    )
+    show_once(bundle, settings.state_path, logging.getLogger(__name__).info)
     daemon = Daemon(
         settings,
         bundle.manifest,
@@ -51,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
             make_blob_transport=lambda: PahoTransport(uploads),
             config=explained.redacted(),
             check_configuration=lambda: _read(args),
+            notifier=notifier,
         ),
     )
     logging.getLogger(__name__).info(

@@ -252,6 +252,8 @@ class Settings(Section):
     Attributes:
         profile: name of the device profile in force (or the path of one of your own).
         node: this node's level in topics; None takes the host name.
+        bundle_sha256: digest that the bundle must have, as `nestd inspect` prints it.
+        bundle_signers: an allowed_signers file (ssh-keygen(1)); one of these has signed the bundle.
         sysroot: `/proc` and `/sys` are read below this directory, so that a recorded tree can take
             the board's place.
         weights: `mapped` keeps weights in files that the kernel may drop and read again;
@@ -263,6 +265,8 @@ class Settings(Section):
     profile: str
     node: Level | None = None
     bundle: Path | None = None
+    bundle_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    bundle_signers: Path | None = None
     sysroot: Path = Path("/")
     mqtt: MqttSettings = MqttSettings()
     home_assistant: HomeAssistantSettings = HomeAssistantSettings()
@@ -309,9 +313,12 @@ class Settings(Section):
     @property
     def state_path(self) -> Path:
         """`state_directory`, or systemd's, or the one that the XDG specification names."""
-        if self.state_directory is not None:
-            return self.state_directory
-        if systemd := os.environ.get("STATE_DIRECTORY"):
-            return Path(systemd.split(":")[0])
-        home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-        return Path(home) / "nestd"
+        return self.state_directory or default_state_path()
+
+
+def default_state_path() -> Path:
+    """Return systemd's StateDirectory, or what the XDG specification names."""
+    if systemd := os.environ.get("STATE_DIRECTORY"):
+        return Path(systemd.split(":")[0])
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(home) / "nestd"

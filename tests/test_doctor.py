@@ -210,13 +210,14 @@ def test_a_hot_board_is_told_so(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_of_the_bundle_is_found(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    assert outcome(model.integrity(tiny_bundle)) == "ok"
+    settings = settings_for_tests()
+    assert outcome(model.integrity(settings, tiny_bundle)) == "ok"
     copy = tmp_path / "bundle"
     shutil.copytree(tiny_bundle.path, copy)
     data = bytearray((copy / "decoder.data").read_bytes())
     data[17] ^= 1
     (copy / "decoder.data").write_bytes(data)
-    finding = model.integrity(Bundle.open(copy))
+    finding = model.integrity(settings, Bundle.open(copy))
     assert outcome(finding) == "failed"
     assert "decoder.data" in finding.seen
 
@@ -249,7 +250,7 @@ def test_the_disks_speed_is_read_from_the_bundle(tiny_bundle: Bundle, tmp_path: 
     shutil.copytree(tiny_bundle.path, copy)
     name = max(tiny_bundle.manifest.files, key=lambda n: tiny_bundle.manifest.files[n].bytes)
     (copy / name).write_bytes(bytes(2 * storage.PIECE_BYTES))
-    finding = storage.speed(Path("/"), Bundle(copy, tiny_bundle.manifest))
+    finding = storage.speed(Path("/"), Bundle(copy, tiny_bundle.manifest, b""))
     if outcome(finding) == "skipped":
         pytest.skip(finding.seen)  # a filesystem without O_DIRECT
     assert "B/s" in finding.seen

@@ -87,7 +87,7 @@ def _bundle(settings: Settings, quick: bool) -> Iterator[Finding]:
     if quick:
         yield skipped("bundle files", "--quick leaves their sha256 out")
     else:
-        yield model.integrity(bundle)
+        yield model.integrity(settings, bundle)
     sampler = Sampler(settings.sysroot)
     yield model.fit(settings, bundle, sampler.sample())
     sampler.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nestd.bundle.errors import BundleError
 from nestd.bundle.manifest import Bundle
+from nestd.bundle.trust import authenticate
 from nestd.daemon.doctor.finding import Finding, failed, ok, skipped, warning
 from nestd.daemon.elastic.cost import ModelCost
 from nestd.daemon.elastic.limits import budget
@@ -12,13 +13,18 @@ from nestd.daemon.settings import Settings
 from nestd.daemon.units import format_bytes
 
 
-def integrity(bundle: Bundle) -> Finding:
-    """Every file against its sha256."""
+def integrity(settings: Settings, bundle: Bundle) -> Finding:
+    """Every file against its sha256, and the whole against what is pinned or signed."""
+    sha256, signers = settings.bundle_sha256, settings.bundle_signers
     try:
-        bundle.verify()
+        authenticate(bundle, sha256, signers)
+        if sha256 is None and signers is None:
+            bundle.verify()
     except BundleError as error:
         return failed("bundle files", str(error), "copy the bundle again, or convert it again")
-    return ok("bundle files", f"all {len(bundle.manifest.files)} match their sha256")
+    pinned = " and the digest is the pinned one" if sha256 is not None else ""
+    signed = " and the signature is good" if signers is not None else ""
+    return ok("bundle files", f"all {len(bundle.manifest.files)} match{pinned}{signed}")
 
 
 def fit(settings: Settings, bundle: Bundle, snapshot: Snapshot) -> Finding:
