@@ -91,5 +91,5 @@ def test_each_danger_would_be_seen(source: str) -> None:
 
 
 def test_what_is_safe_passes() -> None:
-    safe = "import re, yaml\nre.compile('a')\nyaml.safe_load(t)\nrun(['ls'], shell=False)\nmodel.eval()"
+    safe = "import re, yaml\nre.compile('a')\nyaml.safe_load(t)\nrun(['ls'], shell=False)\nm.eval()"
     assert list(dangers(safe)) == []
