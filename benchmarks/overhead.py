@@ -161,7 +161,8 @@ def idle(process: psutil.Process, seconds: float) -> float:
     before = process.cpu_times()
     time.sleep(seconds)
     after = process.cpu_times()
-    return 100 * (after.user + after.system - before.user - before.system) / seconds
+    used = (after.user - before.user) + (after.system - before.system)
+    return 100 * used / seconds
 
 
 def idle_without_model(work: Path, bundle: Bundle, seconds: float) -> dict[str, float]:

@@ -28,6 +28,7 @@ from peers.resident import resident as memory
 
 from nestd.bundle.manifest import Submodel
 from nestd.cli.bench_measure import Session, Task, cpu_name, in_child, load, watched
+from nestd.daemon.engine.process import environment
 
 PROMPTS = (128, 512)
 DECODE = 32
@@ -113,7 +114,7 @@ def measure(bundle: Path, prepared: Path, threads: int, runs: int) -> dict[str, 
     )
     preparation, _ = in_child(task)
     command = [sys.executable, __file__, "-", "-", "--runs", str(runs)]
-    switched, _ = watched([*command, "--switch", task.model_dump_json()])
+    switched, _ = watched([*command, "--switch", task.model_dump_json()], environment())
     rates = speeds(task, runs)
     return {"preparation": preparation, "switch": switched, "tokens_per_second": rates}
 

@@ -32,7 +32,7 @@ from nestd.daemon.engine.prepare import prepared_decoder
 from nestd.daemon.engine.process import environment
 
 WARM_UP_TOKENS = 16
-POLL_SECONDS = 0.01
+POLL_SECONDS = 0.05  # what looks on should cost the measured process nothing
 BANDWIDTH_BYTES = 1 << 29
 BANDWIDTH_PASSES = 5
 
@@ -186,31 +186,34 @@ def in_child(task: Task) -> tuple[Any, Memory]:
         BundleError: the child says why it cannot, or ends without a word.
     """
     command = [sys.executable, "-m", "nestd.cli.bench_measure", task.model_dump_json()]
-    answer, peak = watched(command)
+    answer, peak = watched(command, environment())
     if "error" in answer:
         raise BundleError(answer["error"])
     return answer, peak
 
 
-def watched(command: Sequence[str]) -> tuple[dict[str, Any], Memory]:
+def watched(
+    command: Sequence[str], env: dict[str, str] | None = None
+) -> tuple[dict[str, Any], Memory]:
     """Run a command that prints one JSON object; return it, and the command's peak memory.
 
-    Anonymous and file-backed bytes are the most that was seen of each, every 10 ms, so together
+    Anonymous and file-backed bytes are the most that was seen of each, every 50 ms, so together
     they may be more than the peak of all.
 
     Raises:
         BundleError: it has failed; what it said is on stderr.
     """
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     peak = Memory(rss=0, anonymous=0, file=0)
     output: str | None = None
     while output is None:
         try:
             output, _ = process.communicate(timeout=POLL_SECONDS)
         except subprocess.TimeoutExpired:
-            now = resident(process.pid)
+            status = _status(process.pid)
+            now = _memory(status)
             peak = Memory(
-                rss=max(peak.rss, now.rss, high_water(process.pid)),
+                rss=max(peak.rss, 1024 * status.get("VmHWM", 0)),
                 anonymous=max(peak.anonymous, now.anonymous),
                 file=max(peak.file, now.file),
             )
@@ -221,17 +224,16 @@ def watched(command: Sequence[str]) -> tuple[dict[str, Any], Memory]:
 
 def resident(pid: int | str) -> Memory:
     """Return the memory of a process; zeros once it has ended."""
-    kib = _status(pid)
-    rss, anonymous, file = (kib.get(key, 0) for key in ("VmRSS", "RssAnon", "RssFile"))
-    return Memory(rss=1024 * rss, anonymous=1024 * anonymous, file=1024 * file)
+    return _memory(_status(pid))
 
 
-def high_water(pid: int | str) -> int:
-    """Return the most bytes that a process has had resident, 0 once it has ended."""
-    return 1024 * _status(pid).get("VmHWM", 0)
+def _memory(status: dict[str, int]) -> Memory:
+    rss, anonymous, file = (1024 * status.get(key, 0) for key in ("VmRSS", "RssAnon", "RssFile"))
+    return Memory(rss=rss, anonymous=anonymous, file=file)
 
 
 def _status(pid: int | str) -> dict[str, int]:
+    """Return the sizes in /proc/PID/status, in KiB; a process that has just ended has none."""
     status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
     return {key: int(value) for key, value in re.findall(r"^(\w+):\s+(\d+) kB$", status, re.M)}
 
