@@ -108,7 +108,7 @@ function figuresOf(event) {
     number(queue) > 50 ? `waited ${seconds(queue)}` : null,
     joules === null ? null : `${joules.toFixed(1)} J`,
     event.finish_reason === "length" ? "cut off at the longest answer" : null,
-  ].filter(Boolean).join(" · ");
+  ].filter(Boolean).map((part) => part.replaceAll(" ", "\u00a0")).join(" · ");
 }
 
 const seconds = (ms) => (ms < 1000 ? `${ms.toFixed(0)} ms` : `${(ms / 1000).toFixed(1)} s`);

@@ -114,6 +114,7 @@ export class Attachments {
 
   async #takePicture() {
     const preview = byId("preview");
+    if (preview.videoWidth === 0) return; // it is not there yet
     const canvas = element("canvas", { width: preview.videoWidth, height: preview.videoHeight });
     canvas.getContext("2d").drawImage(preview, 0, 0);
     const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.92));

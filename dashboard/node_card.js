@@ -68,6 +68,9 @@ export class NodeCard {
     setText(parts.submodel, running ?? "none");
     parts.submodel.style.setProperty("--rank", node.rank(running));
     setText(parts.submodelReason, sentence(state.submodel_reason) ?? "");
+    const largest = text(state.largest);
+    const most = largest === null ? "No request is taken now" : `At most ${largest}`;
+    setText(parts.largest, `${most}: ${text(state.largest_reason) ?? "no reason is told"}`);
     setText(parts.speed, figure(health.decode_tokens_per_second, 1));
     setText(parts.queue, `${count(queue.running)} running, ${count(queue.waiting)} waiting of ${count(queue.limit)}`);
   }
@@ -86,7 +89,7 @@ export class NodeCard {
     setText(parts.memoryLimit, reserve === null ? UNKNOWN : bytes(reserve));
     parts.memoryBar.setAttribute("aria-label",
       `${bytes(used)} of ${bytes(total)} used, ${bytes(free)} free; the model holds ${bytes(model)}`);
-    setSentence(parts.memoryReason, sentence(node.state.memory_reason));
+    setSentence(parts.memoryReason, sentence(against(node, "memory_reason")));
   }
 
   #charts(node, now) {
@@ -105,7 +108,7 @@ export class NodeCard {
     const alarms = [
       health.under_voltage === true ? "the supply is too weak" : null,
       health.throttled === true ? "the firmware holds the clock down" : null,
-      text(node.state.power_reason),
+      against(node, "power_reason"),
     ];
     setSentence(parts.powerReason, sentence(alarms.filter(Boolean).join("; ")));
   }
@@ -180,6 +183,12 @@ function fill(target, rows) {
   target.replaceChildren(...rows.map(([term, value, more]) => element("div", {},
     element("dt", { textContent: term }), element("dd", { textContent: value }),
     ...(more ? [element("dd", { className: "reason", textContent: more })] : []))));
+}
+
+// What stands against the largest sub-model, unless the line below the ladder says so.
+function against({ state }, key) {
+  const reason = text(state[key]);
+  return reason === state.largest_reason ? null : reason;
 }
 
 const count = (value) => figure(value, 0);

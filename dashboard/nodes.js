@@ -88,7 +88,8 @@ export class Nodes {
       return "gone";
     }
     if (!node) {
-      if (this.byName.size >= MOST_NODES) return null;
+      // Figures may come late, of a node that has been cleared away.
+      if (kind === "health" || this.byName.size >= MOST_NODES) return null;
       node = new Node(name);
       this.byName.set(name, node);
     }

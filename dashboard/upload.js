@@ -6,6 +6,7 @@ import { newId, number, object } from "./values.js";
 
 // As `nestd ask` does: quick, and small enough to be sent again without regret.
 const CHUNK_BYTES = 256 * 1024;
+const LEAST_CHUNK_BYTES = 1024;
 const ROUNDS = 5;
 const FIN_MS = 60_000;
 // Around the request's fields in a packet: topic, properties, the id, the parts' own keys.
@@ -13,7 +14,9 @@ const MARGIN_BYTES = 4096;
 
 // Returns the content parts of `media` ({kind, bytes}); `progress(words)` tells how far it is.
 export async function contentOf(media, broker, node, fieldBytes, progress) {
-  const limit = Math.min(number(object(node.info.limits).request_bytes) ?? 0, broker.maximumPacketSize);
+  const taken = number(object(node.info.limits).request_bytes);
+  if (media.length > 0 && taken === null) throw new ReplyError("The node has not told how much it takes.");
+  const limit = Math.min(taken, broker.maximumPacketSize);
   let room = limit - fieldBytes - MARGIN_BYTES;
   const parts = [];
   for (const medium of media) {
@@ -22,7 +25,7 @@ export async function contentOf(media, broker, node, fieldBytes, progress) {
       room -= length;
       parts.push({ type: medium.kind, data: base64(medium.bytes) });
     } else {
-      const chunk = Math.max(1, Math.min(CHUNK_BYTES, Math.floor(limit / 2)));
+      const chunk = Math.max(LEAST_CHUNK_BYTES, Math.min(CHUNK_BYTES, Math.floor(limit / 2)));
       const blob = await upload(medium, broker, node, chunk, progress);
       parts.push({ type: medium.kind, blob });
     }

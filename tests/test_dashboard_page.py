@@ -7,11 +7,8 @@ import io
 import json
 import re
 import shutil
-import socket
 import subprocess
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +16,9 @@ import pytest
 import soundfile
 from support.clients import Listener, daemon, listening, running_node
 from support.media import encoded, photo
-from support.mosquitto import Mosquitto
+from support.web import Web
 
 from nestd.bundle.manifest import Bundle
-from nestd.dashboard.server import serve
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="needs Playwright: pip install -e '.[browser]'"
@@ -62,31 +58,6 @@ SWITCH_AT_FIRST_WORD = """
   observer.observe(answers, { subtree: true, childList: true });
 }
 """
-
-
-class Web:
-    """A broker that browsers reach too, and the address of the page."""
-
-    def __init__(self, directory: Path, *lines: str, anonymous: bool = True) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        websockets = (f"listener {port} 127.0.0.1", "protocol websockets")
-        self.broker = Mosquitto(directory, *websockets, *lines, anonymous=anonymous)
-        self.url = f"ws://127.0.0.1:{port}"
-        self.page = ""
-
-    @contextmanager
-    def running(self) -> Iterator[Web]:
-        self.broker.start()
-        with serve("127.0.0.1:0", self.url, "nestd") as server:
-            thread = threading.Thread(target=server.serve_forever)
-            thread.start()
-            self.page = f"http://127.0.0.1:{server.server_address[1]}/"
-            yield self
-            server.shutdown()
-            thread.join()
-        self.broker.stop()
 
 
 @pytest.fixture
@@ -177,6 +148,7 @@ def test_a_node_appears_with_what_it_runs_and_why(tiny: Any) -> None:
     assert (names[0], names[-1]) == ("nested", "full")
     expect(card.locator(".step.running span")).to_have_text("full")
     expect(card.locator("[data-ref=submodelReason]")).to_contain_text("top of the ladder")
+    expect(card.locator("[data-ref=largest]")).to_contain_text("At most full: ")
     expect(card.locator("[data-ref=memoryTotal]")).to_contain_text("GB in all")
     expect(card.locator(".chart").first.locator(".line")).to_have_attribute("d", re.compile("^M"))
     card.locator("summary").click()
@@ -189,7 +161,7 @@ def test_an_answer_is_shown_while_it_streams(tiny: Any) -> None:
     answer = answered(ask(tiny, "turn the light on"))
     expect(answer.locator(".question")).to_have_text("turn the light on")
     expect(answer.locator(".piece")).to_have_attribute("data-submodel", "full")
-    expect(answer).to_contain_text(re.compile(r"\d+ tokens · "))
+    expect(answer).to_contain_text(re.compile(r"\d+\stokens · "))
     assert tiny.evaluate("window.growth") > 1
 
 
@@ -230,10 +202,9 @@ def test_pictures_go_in_the_request_or_in_pieces_before_it(
     assert len(small) * 4 / 3 < 30_000
     assert len(large) > 80_000
     files = [
-        {"name": name, "mimeType": f"image/{name[-4:]}", "buffer": data}
-        for name, data in (("small.jpeg", small), ("large.apng", large))
+        {"name": "small.jpeg", "mimeType": "image/jpeg", "buffer": small},
+        {"name": "large.png", "mimeType": "image/png", "buffer": large},
     ]
-    files[1] |= {"name": "large.png", "mimeType": "image/png"}
     with (
         running_node(tmp_path, config(web, media_bundle, tmp_path, "eyes", limit)),
         listening(web.broker, "nestd/v1/eyes/request/generate", "nestd/v1/eyes/blob/#") as sent,
@@ -247,24 +218,35 @@ def test_pictures_go_in_the_request_or_in_pieces_before_it(
         expect(page.locator(".encoders [data-how=loaded]")).to_contain_text("vision")
         page.click("text=Unload idle ones")
         expect(page.locator(".encoders [data-how=idle]")).to_have_count(2)
-    topics = [received.topic for received in everything(sent)]
-    *pieces, _ = topics
+    *pieces, request = everything(sent)
+    pieces = [piece.topic for piece in pieces]
     assert pieces[0].endswith("/init")
     assert pieces[-1].endswith("/fin")
     assert len(pieces) > 5
-    first, second, words = content(sent, "nestd/v1/eyes/request/generate")
+    first, second, words = content(request)
     assert base64.b64decode(first["data"]) == small
     assert second["blob"] == pieces[0].split("/")[-2]
     assert words == {"type": "text", "text": "what is it?"}
 
 
+def test_the_camera_takes_a_picture(web: Web, page: Any) -> None:
+    with daemon(web.broker, "echo", "bundle=media"):
+        opened(web, page, "echo")
+        page.click("#camera")
+        expect(page.locator("#preview")).to_have_js_property("videoWidth", 640)
+        page.click("#shutter")
+        expect(page.locator("#attachments img")).to_have_count(1)
+        answer = answered(ask(page, "and this?"))
+    # The echo tells a medium's type, bytes and pixels.
+    expect(answer.locator(".text")).to_have_text(re.compile(r"^image:\d{4,}:768 and this\?$"))
+
+
 def test_the_microphone_becomes_a_wav_of_16_khz(
     web: Web, page: Any, media_bundle: Bundle, tmp_path: Path
 ) -> None:
-    topic = "nestd/v1/ears/request/generate"
     with (
         running_node(tmp_path, config(web, media_bundle, tmp_path, "ears")),
-        listening(web.broker, topic) as sent,
+        listening(web.broker, "nestd/v1/ears/request/generate") as sent,
     ):
         opened(web, page, "ears")
         option(page, "#max-tokens", "8")
@@ -273,23 +255,21 @@ def test_the_microphone_becomes_a_wav_of_16_khz(
         page.click("#microphone")
         expect(page.locator("#attachments audio")).to_have_count(1)
         answered(ask(page, ""))
-    everything(sent)
-    (part,) = content(sent, topic)
+    (request,) = everything(sent)
+    (part,) = content(request)
     recorded = soundfile.info(io.BytesIO(base64.b64decode(part["data"])))
     assert (part["type"], recorded.samplerate, recorded.channels) == ("audio", 16_000, 1)
     assert recorded.duration > 0.5
 
 
 def everything(listener: Listener) -> list[Any]:
-    """Return what has been received, and keep it in `listener.seen`."""
-    listener.seen = []  # type: ignore[attr-defined]
+    received = []
     while not listener.received.empty():
-        listener.seen.append(listener.received.get())  # type: ignore[attr-defined]
-    return listener.seen  # type: ignore[attr-defined,no-any-return]
+        received.append(listener.received.get())
+    return received
 
 
-def content(listener: Listener, topic: str) -> list[dict[str, Any]]:
-    (request,) = [m for m in listener.seen if m.topic == topic]  # type: ignore[attr-defined]
+def content(request: Any) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = json.loads(request.payload)["messages"][0]["content"]
     return parts
 
@@ -349,14 +329,22 @@ def test_what_strangers_write_is_shown_as_text(web: Web, page: Any) -> None:
     assert page.evaluate("document.body.dataset.hit") is None
 
 
-def test_a_broker_that_is_away_is_told_and_comes_back(web: Web, page: Any) -> None:
-    with daemon(web.broker, "echo"):
+def test_a_broker_that_is_away_is_told_and_what_was_asked_is_asked_again(
+    web: Web, page: Any
+) -> None:
+    requests = "nestd/v1/echo/request/generate"
+    with daemon(web.broker, "echo"), listening(web.broker, requests) as sent:
         opened(web, page, "echo")
+        ask(page, "wait")
+        asked = sent.until(lambda _: True)
         web.broker.stop()
         expect(page.locator("#trouble")).to_contain_text(f"{web.url} does not answer")
         expect(page.locator("#send")).to_be_disabled()
         web.broker.start()
         expect(page.locator("#trouble")).to_be_hidden()
+        assert sent.until(lambda _: True) == asked
+        page.locator(".answer button").click()
+        expect(page.locator(".answer .sentence.error")).to_contain_text("cancelled")
         answer = answered(ask(page, "turn the light on"))
         expect(answer.locator(".text")).to_have_text("turn the light on")
 
