@@ -22,6 +22,7 @@ from nestd.daemon.delivery import Delivery
 from nestd.daemon.dispatch import Dispatch
 from nestd.daemon.elastic.governor import Board, Governor
 from nestd.daemon.elastic.resources import Sampler
+from nestd.daemon.filter import Filter, Judged
 from nestd.daemon.home_assistant import HomeAssistant
 from nestd.daemon.intake import Intake, IntakeRules
 from nestd.daemon.journal import Journal
@@ -71,9 +72,9 @@ class Node:
         settings: Settings,
         manifest: Manifest,
         parts: Parts,
-        put_event: Callable[[EngineEvent], None],
+        put_event: Callable[[EngineEvent | Judged], None],
     ) -> None:
-        """`put_event` takes the engine's events, in any thread.
+        """`put_event` takes the engine's events and the filter's, in any thread.
 
         Raises:
             ConfigError: the configuration names a sub-model that the bundle does not have.
@@ -93,6 +94,7 @@ class Node:
             if record.final is not None and not record.final.confirmed:
                 self.delivery.send(record.final)
         self.replies = Replies(self.transport, self.delivery, self.book, self.journal)
+        self.filter = Filter(settings.filter, settings.node_name, put_event)
         self.supervisor = Supervisor(parts.make_engine, put_event)
         self.governor = Governor(
             settings,
@@ -125,6 +127,7 @@ class Node:
             self.replies,
             contents,
             self.conversations,
+            self.filter,
             self.unavailable,
         )
         self.dispatch = Dispatch(
@@ -134,6 +137,7 @@ class Node:
             self.governor,
             self.intake,
             self.conversations,
+            self.filter,
             manifest,
             settings.limits.max_tokens,
         )

@@ -47,6 +47,7 @@ class RequestRecord:
         attempt: 1, or more if it had to be run again.
         deaths: how many engine processes ended while they ran it.
         seq: number of the next event.
+        passed: no filter has to judge it any more.
         wish: the sub-model that a control request asked for in place of the request's own.
         route: the sub-models that the engine was told to run this attempt on, and why each.
         energy: the energy counter when this attempt started, where the board has one.
@@ -70,6 +71,7 @@ class RequestRecord:
     started: float | None = None
     engine_id: str | None = None
     submodel: str | None = None
+    passed: bool = True
     wish: str | None = None
     route: list[Choice[str]] = field(default_factory=list)
     energy: EnergyMark | None = None
@@ -197,7 +199,7 @@ class RequestBook:
 
     def next_waiting(self) -> RequestRecord | None:
         """Return the waiting request of the highest priority, the oldest of several."""
-        return min(self._waiting, key=_rank, default=None)
+        return min((item for item in self._waiting if item.passed), key=_rank, default=None)
 
     def ahead_of(self, record: RequestRecord) -> int:
         """How many requests run or will run before `record`."""

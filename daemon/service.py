@@ -17,6 +17,7 @@ from types import FrameType
 
 from nestd.bundle.errors import BrokerError, Loading, NestdError
 from nestd.bundle.manifest import Manifest
+from nestd.daemon.filter import Judged
 from nestd.daemon.mqtt.packets import (
     Connected,
     Disconnected,
@@ -63,7 +64,7 @@ class UploadEvent:
     event: TransportEvent
 
 
-DaemonEvent = TransportEvent | EngineEvent | UploadEvent | StopRequested | ReloadRequested
+DaemonEvent = TransportEvent | EngineEvent | UploadEvent | Judged | StopRequested | ReloadRequested
 
 
 class Daemon:
@@ -144,14 +145,15 @@ class Daemon:
             node.transport.unsubscribe(list(node.topics.shared))
         self._hand_back(node.book.waiting)
         deadline = self._clock() + DRAIN_SECONDS
-        while self._online and (self._is_running() or node.delivery.open_finals):
+        while self._online and (self._running() or node.delivery.open_finals):
             remaining = deadline - self._clock()
             if remaining <= 0 or self._stop_requests > 1:
                 break
             self.step(min(remaining, self._wait_seconds()))
-        self._hand_back(node.book.running)
+        self._hand_back(self._running())
         node.supervisor.stop(ENGINE_STOP_SECONDS)
         node.governor.close()
+        node.filter.close()
         node.metrics.close()
         goodbye = node.presence.say(node.transport, "offline") if self._online else None
         self._wait_for(goodbye, self._clock() + GOODBYE_SECONDS)
@@ -186,6 +188,8 @@ class Daemon:
         elif isinstance(event, UploadEvent):
             if node.uploads is not None:
                 node.uploads.handle(event.event)
+        elif isinstance(event, Judged):
+            node.dispatch.judged(event, now)
         elif isinstance(event, Published):
             node.delivery.published(event.mid, event.refusal)
         elif isinstance(event, Subscribed):
@@ -218,7 +222,8 @@ class Daemon:
         node.supervisor.tick(now, busy=bool(node.book.running))
         if not node.status.draining:
             node.dispatch.start_next(now)
-        owners = (node.book.waiting, node.book.running, node.conversations.owners)
+        judging = node.dispatch.judging
+        owners = (node.book.waiting, node.book.running, judging, node.conversations.owners)
         node.store.release_all_but({*chain(*owners), *node.blobs.ids})
         node.delivery.send_waiting()
         node.journal.tick()
@@ -315,8 +320,10 @@ class Daemon:
 
     # Helpers
 
-    def _is_running(self) -> bool:
-        return any(record.state == "running" for record in self.node.book.running)
+    def _running(self) -> tuple[RequestRecord, ...]:
+        """Return what the engine has, and what it has answered and the filter judges."""
+        records = (*self.node.book.running, *self.node.dispatch.judging)
+        return tuple(record for record in records if record.state == "running")
 
     def _hand_back(self, records: tuple[RequestRecord, ...]) -> None:
         """Leave requests to the broker, and answer those that it has not kept (QoS 0)."""

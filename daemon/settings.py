@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from nestd.daemon.elastic.settings import ElasticSettings
 from nestd.daemon.engine.messages import EngineOptions
+from nestd.daemon.filter import FilterSettings
 from nestd.daemon.prompt.media import MediaLimits
 from nestd.daemon.section import Count, PositiveSeconds, Seconds, Section, in_order
 from nestd.daemon.units import ByteSize
@@ -277,6 +278,7 @@ class Settings(Section):
     media: MediaSettings
     elastic: ElasticSettings
     metrics: MetricsSettings = MetricsSettings()
+    filter: FilterSettings = FilterSettings()
     health_interval_s: Annotated[float, Field(ge=1, le=86400)] = 60.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
