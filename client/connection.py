@@ -169,13 +169,20 @@ class Client:
         return self._retained(self._node.state)
 
     def _retained(self, topic: str) -> Event:
-        # Each new subscription brings the retained message once more.
+        # Each new subscription brings the retained message once more; where the node has not
+        # published any yet, its first comes live.
         self._transport.subscribe([Subscription(topic, 1)])
-        deadline = time.monotonic() + CONTROL_SECONDS
+        deadline, live = time.monotonic() + CONTROL_SECONDS, None
         while (event := self._next(deadline)) is not None:
-            if isinstance(event, Received) and event.topic == topic and event.retain:
-                return json_object(event.payload)
-        raise BrokerError(f"the node {self._node.node} does not publish {topic}")
+            if not isinstance(event, Received) or event.topic != topic:
+                continue
+            live = json_object(event.payload)
+            if event.retain:
+                return live
+            deadline = min(deadline, time.monotonic() + GATHERING_SECONDS)
+        if live is None:
+            raise BrokerError(f"the node {self._node.node} does not publish {topic}")
+        return live
 
     def upload(self, data: bytes, chunk_bytes: int, timeout: float) -> str:
         """Send `data` as a blob and return its id, once the node has all of it.
