@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from nestd.daemon.elastic.settings import ElasticSettings
-from nestd.daemon.engine.messages import EngineOptions
+from nestd.daemon.engine.messages import CPU_PROVIDERS, EngineOptions
 from nestd.daemon.filter import FilterSettings
 from nestd.daemon.prompt.media import MediaLimits
 from nestd.daemon.section import Count, PositiveSeconds, Seconds, Section, in_order
@@ -67,6 +67,7 @@ def _topic_filter(text: str) -> str:
 
 
 Level = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_node)]
+ExecutionProvider = Annotated[str, Field(pattern=r"^[A-Za-z]+ExecutionProvider$")]
 TopicFilter = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_topic_filter)]
 
 
@@ -165,6 +166,7 @@ class EngineSettings(Section):
     Attributes:
         session_cache_bytes: keys and values of ended answers, kept for prompts that begin alike.
         session_cache_s: how long they are kept after they were last of use.
+        execution_providers: of ONNX Runtime, under its names, the preferred first.
     """
 
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
@@ -172,6 +174,9 @@ class EngineSettings(Section):
     prefill_chunk: Annotated[int, Field(ge=1, le=4096)]
     session_cache_bytes: ByteSize
     session_cache_s: Seconds = 600.0
+    execution_providers: Annotated[tuple[ExecutionProvider, ...], Field(min_length=1)] = (
+        CPU_PROVIDERS
+    )
 
 
 class LimitSettings(Section):
@@ -282,6 +287,18 @@ class Settings(Section):
     health_interval_s: Annotated[float, Field(ge=1, le=86400)] = 60.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        others = set(self.engine.execution_providers) - set(CPU_PROVIDERS)
+        if others and self.weights == "mapped":
+            raise PydanticCustomError(
+                "providers",
+                "must be `resident` where engine.execution_providers names more than the CPU: "
+                "mapped weights are laid out for the CPU",
+                {"keys": ("weights",)},
+            )
+        return self
 
     @property
     def node_name(self) -> str:
