@@ -80,7 +80,8 @@ export class Answer {
     const chip = element("b", { className: "chip tone", textContent: name });
     chip.style.setProperty("--rank", this.rank(name));
     const from = number(step.token) ? `from token ${step.token}: ` : "";
-    return element("li", {}, chip, element("span", { className: "muted", textContent: ` ${from}${text(step.reason) ?? ""}` }));
+    const why = ` ${from}${text(step.reason) ?? ""}`;
+    return element("li", {}, chip, element("span", { className: "muted", textContent: why }));
   }
 
   #startOver() {

@@ -52,8 +52,9 @@ export class Chart {
     this.span = Math.min(HISTORY_MS, Math.max(SHORTEST_MS, now - this.points[0][0]));
     setText(this.since, `${Math.ceil(this.span / 60_000)} min ago`);
     const runs = this.#runs();
-    this.line.setAttribute("d", runs.map((run) => trace(run)).join(""));
-    this.area.setAttribute("d", runs.map((run) => `${trace(run)}L${run.at(-1)[0]},${HEIGHT}L${run[0][0]},${HEIGHT}Z`).join(""));
+    this.line.setAttribute("d", runs.map(trace).join(""));
+    const filled = (run) => `${trace(run)}L${run.at(-1)[0]},${HEIGHT}L${run[0][0]},${HEIGHT}Z`;
+    this.area.setAttribute("d", runs.map(filled).join(""));
     this.limitLine.setAttribute("d", limit === null ? "" : `M0,${this.#y(limit)}H${WIDTH}`);
     if (!this.plot.matches(":hover")) this.#forget();
   }

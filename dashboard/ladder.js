@@ -25,7 +25,8 @@ export function drawLadder(root, node) {
     return step;
   }));
   root.setAttribute("aria-label",
-    `Sizes from ${items[0]?.name} to ${items.at(-1)?.name}; ${running ?? "none"} runs, the largest allowed is ${largest ?? "none"}`);
+    `Sizes from ${items[0]?.name} to ${items.at(-1)?.name}; ${running ?? "none"} runs, `
+    + `the largest allowed is ${largest ?? "none"}`);
 }
 
 function parameters(count) {

@@ -43,9 +43,10 @@ export class Attachments {
       const kind = file.type.split("/")[0];
       const limits = this.limits();
       const most = number(object(limits).max_bytes) ?? Infinity;
+      const size = inWords(file.size);
       if (!(kind in KINDS)) this.complain(`${file.name} is no picture, clip or video.`);
       else if (limits === null) this.complain("This node takes text only.");
-      else if (file.size > most) this.complain(`${file.name} has ${inWords(file.size)}; the node takes ${inWords(most)}.`);
+      else if (file.size > most) this.complain(`${file.name} has ${size}; the node takes ${inWords(most)}.`);
       else {
         const data = new Uint8Array(await file.arrayBuffer());
         this.media.push({ kind, name: file.name, bytes: data, url: URL.createObjectURL(file) });

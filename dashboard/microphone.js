@@ -33,7 +33,9 @@ function mono(sound) {
 // Float samples, -1 to 1, as the bytes of a WAV file (RIFF, PCM).
 function wav(samples) {
   const view = new DataView(new ArrayBuffer(HEADER_BYTES + 2 * samples.length));
-  const write = (offset, letters) => [...letters].forEach((letter, index) => view.setUint8(offset + index, letter.charCodeAt(0)));
+  const write = (offset, letters) => {
+    for (const [index, letter] of [...letters].entries()) view.setUint8(offset + index, letter.charCodeAt(0));
+  };
   write(0, "RIFF");
   view.setUint32(4, view.byteLength - 8, true);
   write(8, "WAVEfmt ");

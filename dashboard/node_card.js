@@ -42,7 +42,8 @@ export class NodeCard {
     if (!told) return;
     this.#running(node);
     drawLadder(parts.ladder, node);
-    setOptions(parts.wanted, ["auto", ...node.submodels.map((item) => item.name)], text(state.submodel_wanted) ?? undefined);
+    const sizes = ["auto", ...node.submodels.map((item) => item.name)];
+    setOptions(parts.wanted, sizes, text(state.submodel_wanted) ?? undefined);
     this.#memory(node);
     this.#charts(node, now);
     this.#encoders(node);
@@ -118,11 +119,12 @@ export class NodeCard {
     const loaded = texts(node.state.modalities);
     const off = texts(node.state.modalities_off);
     parts.encoders.hidden = node.encoders.length === 0;
-    const rows = node.encoders.map((name) => [name, off.includes(name) ? "off" : loaded.includes(name) ? "loaded" : "idle"]);
+    const how = (name) => (off.includes(name) ? "off" : loaded.includes(name) ? "loaded" : "idle");
+    const rows = node.encoders.map((name) => [name, how(name)]);
     const stated = JSON.stringify(rows);
     if (parts.encoderList.dataset.stated !== stated) {
       parts.encoderList.dataset.stated = stated;
-      parts.encoderList.replaceChildren(...rows.map(([name, how]) => this.#encoder(name, how)));
+      parts.encoderList.replaceChildren(...rows.map((row) => this.#encoder(...row)));
     }
     parts.unload.disabled = !node.encoders.some((name) => loaded.includes(name));
     setText(parts.modalitiesReason, sentence(node.state.modalities_reason) ?? "");
@@ -130,8 +132,9 @@ export class NodeCard {
 
   #encoder(name, how) {
     const words = { off: "switched off", loaded: "in memory", idle: "on demand" }[how];
-    const button = element("button", { type: "button", className: "quiet", textContent: how === "off" ? "Switch on" : "Switch off" });
-    button.setAttribute("aria-label", `${button.textContent} ${name}`);
+    const action = how === "off" ? "Switch on" : "Switch off";
+    const button = element("button", { type: "button", className: "quiet", textContent: action });
+    button.setAttribute("aria-label", `${action} ${name}`);
     button.addEventListener("click", () => this.#ask("modality", { modality: name, enabled: how === "off" }));
     const item = element("li", {}, element("span", { className: "dot" }), element("b", { textContent: name }),
       element("span", { className: "muted", textContent: words }), button);
@@ -142,7 +145,8 @@ export class NodeCard {
   #details(node) {
     const { parts } = this;
     const { state, health } = node;
-    const reasons = REASONS.map(([label, key, reason = `${key}_reason`]) => [label, words(state[key]), sentence(state[reason]) ?? ""]);
+    const reasons = REASONS.map(([label, key, reason = `${key}_reason`]) => (
+      [label, words(state[key]), sentence(state[reason]) ?? ""]));
     const counters = object(health.counters);
     const errors = Object.values(object(counters.errors)).filter(Number.isFinite).reduce((a, b) => a + b, 0);
     const figures = [

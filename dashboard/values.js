@@ -1,7 +1,7 @@
 // What comes from the broker may be anything: these give a value of the right type, or null.
 
 export const text = (value) => (typeof value === "string" ? value : null);
-export const number = (value) => (Number.isFinite(value) ? value : null);
+export const number = (value) => (Number.isFinite(value) && Math.abs(value) < 1e15 ? value : null);
 export const list = (value) => (Array.isArray(value) ? value : []);
 export const texts = (value) => list(value).filter((item) => typeof item === "string");
 export const object = (value) =>

@@ -325,6 +325,7 @@ def test_what_strangers_write_is_shown_as_text(web: Web, page: Any) -> None:
         answer = answered(ask(page, HOSTILE))
         expect(answer.locator(".text")).to_have_text(HOSTILE)
         expect(answer.locator(".question")).to_have_text(HOSTILE)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.locator("main img").count() == 0
     assert page.evaluate("document.body.dataset.hit") is None
 
