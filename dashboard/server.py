@@ -75,10 +75,10 @@ def broker_origin(url: str) -> str:
         host, port = parts.hostname or "", parts.port
     except ValueError as error:
         raise ConfigError(f"--broker {url!r}: {error}; {advice} broker") from error
-    if parts.scheme not in ("ws", "wss") or not _HOST.fullmatch(host) or parts.fragment:
-        raise ConfigError(f"--broker {url!r}: {advice} broker")
     if parts.username is not None:
         raise ConfigError("--broker: leave user and password out, the page asks for them")
+    if parts.scheme not in ("ws", "wss") or not _HOST.fullmatch(host) or parts.fragment:
+        raise ConfigError(f"--broker {url!r}: {advice} broker")
     return f"{parts.scheme}://{host}" + ("" if port is None else f":{port}")
 
 
