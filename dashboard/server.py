@@ -69,14 +69,14 @@ def broker_origin(url: str) -> str:
     Raises:
         ConfigError: it is no ws:// or wss:// URL, or one that the page's policy cannot name.
     """
+    if "@" in url:  # first of all, for what follows repeats the URL
+        raise ConfigError("--broker: leave user and password out, the page asks for them")
     advice = "write ws://HOST:PORT or wss://HOST:PORT, with the name or the IPv4 address of the"
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
     except ValueError as error:
         raise ConfigError(f"--broker {url!r}: {error}; {advice} broker") from error
-    if parts.username is not None:
-        raise ConfigError("--broker: leave user and password out, the page asks for them")
     if parts.scheme not in ("ws", "wss") or not _HOST.fullmatch(host) or parts.fragment:
         raise ConfigError(f"--broker {url!r}: {advice} broker")
     return f"{parts.scheme}://{host}" + ("" if port is None else f":{port}")

@@ -96,7 +96,7 @@ def test_the_origin_is_that_of_the_brokers_url(url: str, origin: str) -> None:
         ("ws://broker;script-src *:9001", "write ws://HOST:PORT"),
         ("ws://[::1]:9001", "the IPv4 address"),
         ("ws://me:secret@broker:9001", "the page asks for them"),
-        ("mqtt://me:secret@broker;", "the page asks for them"),
+        ("mqtt://me:secret@broker:port", "the page asks for them"),
     ],
 )
 def test_a_url_that_is_none_of_a_broker_is_refused(url: str, words: str) -> None:
