@@ -238,7 +238,7 @@ def do(command: list[str], dry_run: bool) -> None:
     """Run one command of the system."""
     from nestd.bundle.errors import ConfigError
 
-    print(f"run        {' '.join(command)}")
+    print(f"run        {' '.join(command)}", flush=True)
     if dry_run:
         return
     try:
