@@ -189,6 +189,7 @@ class Filter:
             finally:
                 # Also what it may have started itself, which would keep its output open.
                 _kill(child)
+                self._child = None
         if child.returncode != 0:
             raise FilterFailed(f"ended with status {child.returncode}")
         try:

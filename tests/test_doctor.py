@@ -159,9 +159,12 @@ def test_the_class_of_the_cpu_says_what_it_means_for_weights(
 
 def test_the_interpreter_and_onnx_runtime_are_told() -> None:
     assert outcome(machine.python()) == "ok"
-    finding = machine.onnx_runtime()
+    finding = machine.onnx_runtime(["CPUExecutionProvider"])
     assert outcome(finding) == "ok"
     assert "CPUExecutionProvider" in finding.seen
+    finding = machine.onnx_runtime(["NoSuchExecutionProvider", "CPUExecutionProvider"])
+    assert outcome(finding) == "failed"
+    assert "not NoSuchExecutionProvider" in finding.seen
 
 
 def test_a_clock_that_timesyncd_has_set_is_well(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 
 from nestd.daemon.doctor.finding import Finding, failed, ok, skipped, warning
+from nestd.daemon.home_assistant import device_id
 from nestd.daemon.mqtt.connect import node_options
 from nestd.daemon.mqtt.packets import (
     Connected,
@@ -150,8 +151,9 @@ def reading(login: Login, settings: Settings) -> Finding:
         # Not the shared subscription: it would take requests from the nodes.
         *(pool_request(mqtt.prefix, pool) for pool in mqtt.pools),
     ]
-    if settings.home_assistant.enabled:
-        filters.append(settings.home_assistant.status_topic)
+    ours = settings.home_assistant
+    config_topic = f"{ours.prefix}/device/{device_id(topics.node)}/config"
+    filters.append(ours.status_topic if ours.enabled else config_topic)
     refusals = login.subscribe(filters)
     if refusals is None:
         return failed("read rights", "the broker does not answer a SUBSCRIBE", "see its log")
