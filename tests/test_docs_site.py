@@ -21,7 +21,7 @@ from nestd.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("docs", "scripts", "benchmarks/results", "device_profiles")
-FILES = ("mkdocs.yml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+FILES = ("mkdocs.yml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 
 
 @pytest.fixture
