@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from nestd.bundle.errors import CheckpointError
 from nestd.bundle.manifest import GenerationDefaults, Tokens
-from nestd.conversion.checkpoint import read_json
+from nestd.conversion.documents import read_json
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 # The notice that Gemma's terms ask every copy to carry (section 3.1 of the Gemma Terms of Use).

@@ -186,7 +186,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "NaN": (change_weight("model.norm.weight", lambda w: w * np.nan), "NaN or infinity"),
     "already quantised": (
         change_weight("model.norm.weight", lambda w: w.astype(np.int8)),
-        "unquantised checkpoint",
+        "checkpoint in one of F32",
     ),
     "another architecture": (lambda c: edit_config(c, model_type="llama"), "Gemma 3n only"),
     "another activation": (lambda c: edit_config(c, hidden_activation="silu"), "'silu'"),

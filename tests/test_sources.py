@@ -19,7 +19,8 @@ import pytest
 from nestd.bundle.errors import CheckpointError
 from nestd.bundle.manifest import Bundle
 from nestd.conversion.convert import ConvertOptions, convert
-from nestd.conversion.sources import resolve
+from nestd.conversion.sources.open import open_checkpoint
+from nestd.conversion.sources.resolve import resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "someone/tiny-gemma-3n"
@@ -129,7 +130,10 @@ def test_kaggle_without_its_client_says_what_to_install() -> None:
         resolve("kaggle:google/gemma-3n/transformers/gemma-3n-e4b")
 
 
-def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_text("")
-    with pytest.raises(CheckpointError, match="is a file"):
-        resolve(str(tmp_path / "model.gguf"))
+def test_a_file_without_weights_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"")
+    with (
+        pytest.raises(CheckpointError, match="no GGUF file"),
+        open_checkpoint(resolve(str(tmp_path / "model.bin"))),
+    ):
+        pass
