@@ -122,6 +122,25 @@ def test_a_hub_that_cannot_be_reached_says_so(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_a_downloaded_repository_converts_again_without_the_hub(hub: str, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    nobody, cache = "http://127.0.0.1:9", tmp_path / "cache"
+    assert nestd_convert(REPOSITORY, tmp_path / "b", hub, cache).returncode == 0
+    again = nestd_convert(REPOSITORY, tmp_path / "again", nobody, cache)
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_cache_with_a_partial_download_says_so(hub: str, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    nobody, cache = "http://127.0.0.1:9", tmp_path / "cache"
+    assert nestd_convert(REPOSITORY, tmp_path / "b", hub, cache).returncode == 0
+    (weights,) = cache.glob("hub/*/snapshots/*/model.safetensors")
+    weights.unlink()
+    again = nestd_convert(REPOSITORY, tmp_path / "again", nobody, cache)
+    assert again.returncode == 2
+    assert "model.safetensors is missing: download the checkpoint again" in again.stderr
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("kagglehub") is not None, reason="kagglehub is installed"
 )

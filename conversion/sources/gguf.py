@@ -71,6 +71,30 @@ def is_gguf(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
+def read_header(path: Path) -> Any:  # noqa: ANN401  (gguf.GGUFReader, which has no types)
+    """Return the header of a file.
+
+    Raises:
+        CheckpointError: it is damaged or cut short, or the package `gguf` is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise CheckpointError(f"to read {path}, install gguf: pip install 'nestd[gguf]'") from error
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or cut short ({error}): download it again"
+        ) from error
+
+
+def architecture(path: Path) -> str | None:
+    """Return what kind of model a GGUF file holds; CheckpointError if it is damaged."""
+    field = read_header(path).fields.get("general.architecture")
+    return None if field is None else str(field.contents())
+
+
 class Gguf:
     """Reads the tensors of one file; only the header is kept.
 
@@ -87,27 +111,19 @@ class Gguf:
         Raises:
             CheckpointError: it is damaged or cut short, or of another architecture.
         """
-        try:
-            import gguf
-        except ImportError as error:
-            raise CheckpointError(f"to read {path}, install gguf: pip install gguf") from error
+        header = read_header(path)
+        from gguf import GGMLQuantizationType, quants
+
         self._path = path
-        self._quants = gguf.quants
-        self._types = gguf.GGMLQuantizationType
-        try:
-            header = gguf.GGUFReader(path)
-            self.keys: Mapping[str, Any] = {
-                name: field.contents() for name, field in header.fields.items()
-            }
-        except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
+        self._quants, self._types = quants, GGMLQuantizationType
+        self.keys: Mapping[str, Any] = {
+            name: field.contents() for name, field in header.fields.items()
+        }
+        kind = self.keys.get("general.architecture")
+        if kind != ARCHITECTURE:
             raise CheckpointError(
-                f"{path} is damaged or cut short ({error}): download it again"
-            ) from error
-        architecture = self.keys.get("general.architecture")
-        if architecture != ARCHITECTURE:
-            raise CheckpointError(
-                f"{path} holds a model of the architecture {architecture!r}; nestd converts "
-                f"Gemma 3n only ({ARCHITECTURE})"
+                f"{path} holds a model of the architecture {kind!r}; nestd converts Gemma 3n only "
+                f"({ARCHITECTURE})"
             )
         self._offsets: dict[str, int] = {}
         self._infos: dict[str, TensorInfo] = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 from nestd.bundle.errors import CheckpointError
 from nestd.conversion.checkpoint import Checkpoint
 from nestd.conversion.documents import read_json
-from nestd.conversion.sources.gguf import Gguf, is_gguf
+from nestd.conversion.sources.gguf import ARCHITECTURE, Gguf, architecture, is_gguf
 from nestd.conversion.sources.gguf_config import read_config
 from nestd.conversion.sources.gguf_tokenizer import write_tokenizer
 from nestd.conversion.sources.mlx import Mlx, is_mlx
@@ -52,8 +52,9 @@ def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
 
 
 def _only_gguf(directory: Path) -> Path | None:
+    """Return the one Gemma 3n of a directory; a file of towers is another architecture."""
     files = [item for item in directory.iterdir() if item.is_file() and is_gguf(item)]
-    models = [item for item in files if "mmproj" not in item.name]
+    models = [item for item in files if architecture(item) == ARCHITECTURE]
     return models[0] if len(models) == 1 else None
 
 

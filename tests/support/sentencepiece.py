@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from support.tiny import write_checkpoint
 
@@ -14,13 +15,14 @@ TEXT = (
 )  # fmt: skip
 
 
-def write_sentencepiece_checkpoint(path: Path) -> Path:
+def write_sentencepiece_checkpoint(path: Path, **changes: Any) -> Path:
     """Write a random checkpoint whose tokenizer.model and tokenizer.json say the same."""
     import sentencepiece
     from transformers import GemmaTokenizerFast
 
     # As in Gemma: coefficients are not clipped by a bound that they would reach.
-    write_checkpoint(path, vocab_size=512, vocab_size_per_layer_input=512, altup_coef_clip=120.0)
+    sizes = {"vocab_size": 512, "vocab_size_per_layer_input": 512, "altup_coef_clip": 120.0}
+    write_checkpoint(path, **sizes, **changes)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (path / name).unlink()
     sentencepiece.SentencePieceTrainer.train(
