@@ -17,7 +17,9 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         "convert", help="make a bundle from a Gemma 3n checkpoint", description=__doc__
     )
     parser.add_argument(
-        "checkpoint", help="a directory, a Hugging Face repository, or kaggle:OWNER/MODEL/..."
+        "checkpoint",
+        help="a directory (Hugging Face, MLX), a GGUF file, a Hugging Face repository, "
+        "kaggle:OWNER/MODEL/... or ollama:MODEL:TAG",
     )
     parser.add_argument("bundle", type=Path, help="the directory to create")
     parser.add_argument(

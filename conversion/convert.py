@@ -50,7 +50,8 @@ from nestd.conversion.encoders.config import (
 )
 from nestd.conversion.model_config import read_model_config
 from nestd.conversion.progress import Progress
-from nestd.conversion.sources import resolve
+from nestd.conversion.sources.open import open_checkpoint
+from nestd.conversion.sources.resolve import resolve
 from nestd.conversion.weights import WeightFile
 
 if TYPE_CHECKING:  # it imports torch
@@ -116,9 +117,16 @@ def convert(source: str, destination: Path, options: ConvertOptions, log: TextIO
     if destination.exists():
         raise BundleError(f"{destination} exists already: remove it or choose another name")
     path = resolve(source)
+    with open_checkpoint(path) as checkpoint:
+        _convert(checkpoint, source, destination, options, log)
+    return Bundle.open(destination)
+
+
+def _convert(
+    checkpoint: Checkpoint, source: str, destination: Path, options: ConvertOptions, log: TextIO
+) -> None:
     quantization = options.quantization()
-    checkpoint = Checkpoint(path)
-    nested, slices = _read_submodels(path, options.submodels)
+    nested, slices = _read_submodels(checkpoint.assets, options.submodels)
     model = read_model_config(checkpoint.config, nested)
     slices = slices or slices_for(
         model.intermediate_size, model.nested_intermediate_size, model.num_kv_shared_layers
@@ -129,13 +137,14 @@ def convert(source: str, destination: Path, options: ConvertOptions, log: TextIO
     plan = plan_encoders(checkpoint, options.modalities, options.image_sizes, bits)
     encoders = _encoder_writers(checkpoint, plan)
     _check_disk(destination, checkpoint, quantization, plan)
+    for remark in checkpoint.remarks:
+        log.write(f"note: {remark}\n")
     with _staging(destination) as staging:
         writer = _Writer(checkpoint, model, quantization, plan, staging, log)
         writer.write_graphs(encoders)
         writer.write_assets()
         writer.write_manifest(slices, destination.name, source)
         staging.rename(destination)
-    return Bundle.open(destination)
 
 
 class _Writer:
@@ -209,7 +218,7 @@ class _Writer:
 
     def write_assets(self) -> None:
         """Copy what the daemon needs to turn messages into ids and back."""
-        path = self.checkpoint.path
+        path = self.checkpoint.assets
         assets.copy_tokenizer(path, self.staging)
         assets.write_licence(path, self.staging)
         if not assets.write_chat_template(path, self.staging):
@@ -229,7 +238,7 @@ class _Writer:
             format_version=1,
             name=name,
             source=Source(
-                checkpoint=source if not Path(source).is_dir() else self.checkpoint.path.name,
+                checkpoint=source if not Path(source).exists() else self.checkpoint.path.name,
                 architecture=_architecture(self.checkpoint),
                 converter=f"nestd {version('nestd')}",
             ),
@@ -240,8 +249,8 @@ class _Writer:
             audio=self.encoders.audio,
             sections=self.sections,
             submodels=tuple(submodels),
-            tokens=assets.read_tokens(self.checkpoint.path, self.checkpoint.config),
-            generation=assets.read_generation_defaults(self.checkpoint.path),
+            tokens=assets.read_tokens(self.checkpoint.assets, self.checkpoint.config),
+            generation=assets.read_generation_defaults(self.checkpoint.assets),
             minimum_ram_bytes=submodels[0].decoder_bytes + cache + OVERHEAD_BYTES,
             files={
                 file.name: BundleFile(bytes=file.stat().st_size, sha256=sha256_file(file))
@@ -324,13 +333,11 @@ def _check_disk(
     overhead = 4 / quantization.block_size if quantization.bits != 32 else 0.0
     needed = 0.0
     for name, info in checkpoint.text.items():
-        elements = info.nbytes / (4 if info.dtype == "F32" else 2)
         bits = quantization.bits if name not in tables else quantization.embedding_bits
-        needed += elements * (bits / 8 + overhead)
+        needed += info.elements * (bits / 8 + overhead)
     for name, info in checkpoint.encoders.items():
         if name.startswith(encoders.weights):
-            elements = info.nbytes / (4 if info.dtype == "F32" else 2)
-            needed += elements * (4.0 if encoders.bits == 32 else 1 + 4 / ENCODER_BLOCK_SIZE)
+            needed += info.elements * (4.0 if encoders.bits == 32 else 1 + 4 / ENCODER_BLOCK_SIZE)
     parent = destination.absolute().parent
     if not parent.is_dir():
         raise BundleError(f"there is no directory {parent}: create it first")

@@ -28,6 +28,8 @@ pytestmark = pytest.mark.parity
 PROMPT, DECODE = 3 * WINDOW, 64
 TOLERANCE = 2e-4
 SHAPES = {"E2B-like": (30, 10), "E4B-like": (35, 15)}
+# Cut from another checkpoint: layers renumbered, so that the kinds come in no regular pattern.
+CUT_KINDS = [f"{kind}_attention" for kind in 2 * ("sliding", "full", "sliding", "sliding")]
 
 
 def token_ids(count: int, seed: int = 1) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -103,6 +105,15 @@ def test_float32_logits_equal_stepwise_decoding_of_transformers(tiny: Tiny) -> N
     for index in range(8):
         expected, cache = reference(tiny.model, ids[PROMPT + index : PROMPT + index + 1], cache)
         np.testing.assert_allclose(logits[1 + index], expected[-1], atol=TOLERANCE, rtol=0)
+
+
+def test_a_cut_checkpoint_of_mixed_widths_equals_transformers(tmp_path: Path) -> None:
+    widths = [64, 128, 64, 128, 128, 64, 96, 64]
+    cut = Tiny(tmp_path, 8, 3, intermediate_size=widths, layer_types=CUT_KINDS)
+    ids = token_ids(PROMPT + 8)
+    expected, _ = reference(cut.model, ids)
+    logits, _ = decode(cut.graphs(32), ids, cut.full(32), PROMPT, PROMPT)
+    np.testing.assert_allclose(logits, expected[PROMPT - 1 :], atol=TOLERANCE, rtol=0)
 
 
 def test_int8_logits_keep_a_cosine_of_0_999_at_every_step(tiny: Tiny) -> None:
