@@ -137,3 +137,12 @@ def test_the_log_names_the_class(
         prepare.prepared_decoder(bundle, tmp_path, 1)
     assert str(old_arm) in caplog.text
     assert "one scale a channel" in caplog.text
+
+
+def test_room_for_the_other_form_is_asked_for(
+    bundle: Bundle, request: pytest.FixtureRequest
+) -> None:
+    usual = prepare.needed_bytes(bundle)
+    request.getfixturevalue("old_arm")
+    decoder = bundle.manifest.submodels[-1].decoder_bytes
+    assert prepare.needed_bytes(bundle) - usual == pytest.approx(decoder, abs=1)

@@ -59,9 +59,14 @@ def prepared_decoder(bundle: Bundle, directory: Path, threads: int | None) -> Pa
     Raises:
         BundleError: the disk is too small, or ONNX Runtime refuses the graph.
     """
+    files = ("decoder.", "embed_tokens.")
+    return _prepared(bundle, "decoder", files, needed_bytes(bundle), directory, threads)
+
+
+def needed_bytes(bundle: Bundle) -> int:
+    """Return how much disk the preparation of the decoder takes on this CPU."""
     growth = GROWTH if detect().blockwise_int8 else GROWTH_PER_CHANNEL
-    needed = int(growth * bundle.manifest.submodels[-1].decoder_bytes)
-    return _prepared(bundle, "decoder", ("decoder.", "embed_tokens."), needed, directory, threads)
+    return int(growth * bundle.manifest.submodels[-1].decoder_bytes)
 
 
 def prepared_encoder(bundle: Bundle, graph: str, directory: Path, threads: int | None) -> Path:
