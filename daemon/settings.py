@@ -21,7 +21,6 @@ from pydantic_core import PydanticCustomError
 
 from nestd.daemon.elastic.settings import ElasticSettings
 from nestd.daemon.engine.messages import CPU_PROVIDERS, EngineOptions
-from nestd.daemon.filter import FilterSettings
 from nestd.daemon.prompt.media import MediaLimits
 from nestd.daemon.section import Count, PositiveSeconds, Seconds, Section, in_order
 from nestd.daemon.units import ByteSize
@@ -158,6 +157,36 @@ class MetricsSettings(Section):
         """Host and port of `listen`."""
         host, _, port = self.listen.rpartition(":")
         return host.strip("[]"), int(port)
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from error
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
+Stage = Literal["request", "answer"]
+
+
+class FilterSettings(Section):
+    """What requests and answers have to pass.
+
+    Attributes:
+        command: a program and its arguments; no shell reads them.
+        patterns: regular expressions (Python's) that must not occur.
+        stages: what is judged.
+        timeout_s: how long the program, or the patterns, may take for one thing.
+        replacement: stands in the place of an answer that is refused; None answers an error.
+    """
+
+    command: Annotated[tuple[str, ...], Field(json_schema_extra=SECRET)] = ()
+    patterns: Annotated[tuple[Pattern, ...], Field(json_schema_extra=SECRET)] = ()
+    stages: tuple[Stage, ...] = ("request", "answer")
+    timeout_s: Annotated[float, Field(gt=0, le=60)] = 5.0
+    replacement: str | None = None
 
 
 class EngineSettings(Section):
