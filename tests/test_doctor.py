@@ -281,6 +281,17 @@ def test_a_password_that_everybody_may_read_is_found(tmp_path: Path) -> None:
     assert outcome(files.secrets(settings_for_tests().mqtt)) == "skipped"
 
 
+def test_a_filter_that_cannot_be_run_is_found(tmp_path: Path) -> None:
+    program = tmp_path / "judge"
+    program.write_text("#!/bin/sh\n")
+    settings = settings_for_tests(filter__command=[str(program)]).filter
+    assert outcome(files.program(settings)) == "failed"
+    program.chmod(0o755)
+    assert outcome(files.program(settings)) == "ok"
+    assert outcome(files.program(settings_for_tests(filter__patterns=["a"]).filter)) == "ok"
+    assert outcome(files.program(settings_for_tests().filter)) == "skipped"
+
+
 def test_a_configuration_that_everybody_may_change_is_found(tmp_path: Path) -> None:
     config = tmp_path / "nestd.yaml"
     assert outcome(files.permissions(config)) == "skipped"

@@ -51,6 +51,7 @@ def _configuration(config: Path | None, explained: Explained) -> Iterator[Findin
     yield ok("configuration", "valid; `nestd check-config` prints it")
     yield files.permissions(config or Path(os.environ.get("NESTD_CONFIG") or f"/{CONFIG_FILE}"))
     yield files.secrets(settings.mqtt)
+    yield files.program(settings.filter)
     yield files.profile(settings.sysroot, settings.profile, explained.detected)
 
 

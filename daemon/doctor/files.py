@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 from pathlib import Path
 
 from nestd.daemon.doctor.finding import Finding, failed, ok, skipped, warning
 from nestd.daemon.mqtt.connect import secret_path
-from nestd.daemon.settings import MqttSettings
+from nestd.daemon.settings import FilterSettings, MqttSettings
 from nestd.device_profiles import FALLBACK, look
 
 
@@ -47,6 +48,24 @@ def secrets(mqtt: MqttSettings) -> Finding:
                 f"sudo chmod 600 {path}, and sudo chown nestd {path} if the daemon runs as nestd",
             )
     return ok("secrets", f"only owner and group read {', '.join(map(str, files.values()))}")
+
+
+def program(settings: FilterSettings) -> Finding:
+    """Whether the filter's program is there: without it every request is refused."""
+    if not settings.command:
+        patterns = len(settings.patterns)
+        return (
+            ok("filter", f"{patterns} patterns") if patterns else skipped("filter", "none is set")
+        )
+    name = settings.command[0]
+    found = shutil.which(name)
+    if found is None:
+        return failed(
+            "filter",
+            f"{name} cannot be run, so everything is refused",
+            "write the whole path of an executable program into filter.command",
+        )
+    return ok("filter", f"{found} may be run")
 
 
 def permissions(config: Path) -> Finding:
