@@ -69,5 +69,12 @@ def test_the_unit_keeps_what_sensing_needs() -> None:
     assert "OOMPolicy=continue\n" in unit
 
 
+def test_every_line_of_the_unit_is_explained() -> None:
+    page = (ROOT / "docs/systemd.md").read_text(encoding="utf-8")
+    for name in ("nestd.service", *(f"{drop_in}.conf" for drop_in in DROP_INS)):
+        for key in set(re.findall(r"^(\w+)=", text(name), re.MULTILINE)):
+            assert f"`{key}=" in page, f"{key}= of {name} is not explained"
+
+
 def test_every_drop_in_is_listed() -> None:
     assert {path.stem for path in (ROOT / "systemd").glob("*.conf")} == set(DROP_INS)
