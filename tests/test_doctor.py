@@ -281,6 +281,20 @@ def test_a_password_that_everybody_may_read_is_found(tmp_path: Path) -> None:
     assert outcome(files.secrets(settings_for_tests().mqtt)) == "skipped"
 
 
+def test_a_credential_that_only_the_service_sees_is_asked_for_as_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mqtt = settings_for_tests(mqtt__password_file="nestd.mqtt-password").mqtt
+    monkeypatch.chdir(tmp_path)
+    finding = files.secrets(mqtt)
+    assert outcome(finding) == "failed"
+    assert "CREDENTIALS_DIRECTORY=/etc/credstore nestd doctor" in str(finding.remedy)
+    (tmp_path / "nestd.mqtt-password").write_text("hunter2\n")
+    (tmp_path / "nestd.mqtt-password").chmod(0o600)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert outcome(files.secrets(mqtt)) == "ok"
+
+
 def test_a_filter_that_cannot_be_run_is_found(tmp_path: Path) -> None:
     program = tmp_path / "judge"
     program.write_text("#!/bin/sh\n")

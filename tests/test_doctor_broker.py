@@ -173,3 +173,24 @@ def test_a_file_that_is_no_certificate_is_told(mosquitto: Mosquitto, tmp_path: P
     finding = handshake(mosquitto, ca_file=str(tmp_path / "ca.pem"))
     assert finding.outcome == "failed"
     assert "PEM" in finding.seen
+
+
+def test_a_client_certificate_that_is_missing_is_found(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "ca")
+    own = authority.issue("kitchen")
+    broker = Mosquitto(tmp_path, *authority.lines(authority.issue("localhost"), clients=True))
+    broker.start()
+    keys = {
+        "mqtt__port": broker.port,
+        "mqtt__tls": "true",
+        "mqtt__ca_file": str(authority.file),
+    }
+    try:
+        without = examine(settings_for_tests(**keys))
+        keys |= {"mqtt__cert_file": str(own.certificate), "mqtt__key_file": str(own.key)}
+        found = examine(settings_for_tests(**keys))
+    finally:
+        broker.stop()
+    assert outcomes(without) == {"login": "failed"}
+    assert "set mqtt.cert_file and mqtt.key_file" in without["login"].seen
+    assert outcomes(found) == ALL_WELL | {"strangers": "skipped"}

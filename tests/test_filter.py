@@ -13,6 +13,7 @@ import pytest
 from support.node import Node, settings_for_tests
 
 from nestd.bundle.errors import ConfigError
+from nestd.daemon.config import HIDDEN, explain_settings
 
 PATIENCE = 30.0
 # A filter in Python; each test gives the lines that make a verdict of `document`.
@@ -239,3 +240,11 @@ def test_nothing_but_path_is_in_the_programs_environment(
 def test_a_broken_pattern_is_a_mistake_in_the_configuration() -> None:
     with pytest.raises(ConfigError, match="is no regular expression"):
         settings_for_tests(filter__patterns=["("])
+
+
+def test_what_is_filtered_is_told_to_nobody() -> None:
+    for patterns, told in (([], []), (["garage"], HIDDEN)):
+        explained = explain_settings(
+            None, "generic", {"filter.patterns": patterns}, {}, Path("/nonexistent")
+        )
+        assert explained.redacted()["filter"]["patterns"] == told

@@ -101,7 +101,7 @@ def _broker(settings: Settings) -> Iterator[Finding]:
     try:
         options = node_options(settings)
     except ConfigError as error:
-        yield failed("broker", str(error), "name a file that exists and that this user may read")
+        yield failed("broker", str(error), "see what was said about `secrets`")
         return
     for check in (reach.network, reach.handshake):
         finding = check(options)

@@ -39,7 +39,10 @@ def secrets(mqtt: MqttSettings) -> Finding:
                 "secrets",
                 f"{key}: cannot read {path}: {error.strerror}",
                 "name a file that exists, and let the daemon's user read it: "
-                f"sudo chown nestd {path}",
+                f"sudo chown nestd {path}"
+                if path.is_absolute()
+                else "a credential of systemd's is for the service alone, so ask as root: "
+                "sudo CREDENTIALS_DIRECTORY=/etc/credstore nestd doctor",
             )
         if mode & (stat.S_IROTH | stat.S_IWOTH):
             return failed(
