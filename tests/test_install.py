@@ -148,7 +148,7 @@ def test_the_password_is_for_root_only_and_the_configuration_names_the_credentia
         (["--broker", "broker.lan:99999"], "mqtt.port"),
         (["--set", "mqtt.hots=x"], "did you mean `host`?"),
         (["--bundle", "/home/pi/gemma"], "move it to /var/lib/nestd"),
-        (["--bundle", "/root/gemma"], "cannot see it"),
+        (["--bundle", "/tmp/gemma"], "cannot see it"),
         (["--drop-in", "turbo"], "no drop-in is called turbo"),
         (["--password-file", "/nowhere/password"], "cannot read /nowhere/password"),
         (["--set", "elastic.memory.reserve_bytes=64G"], "nothing is left"),
