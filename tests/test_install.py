@@ -94,6 +94,14 @@ def test_what_nobody_has_changed_is_brought_up_to_date(root: Path) -> None:
     assert not (root / "etc/nestd/nestd.yaml.new").exists()
 
 
+def test_another_option_later_leaves_the_other_settings_as_they_are(root: Path) -> None:
+    install(root, "--broker", "broker.lan", "--node", "kitchen")
+    install(root, "--set", "mqtt.port=8883")
+    settings = load_settings(environ={}, root=root)
+    assert (settings.mqtt.host, settings.mqtt.port) == ("broker.lan", 8883)
+    assert settings.node == "kitchen"
+
+
 @pytest.mark.parametrize("changed", ["etc/nestd/nestd.yaml", UNIT])
 def test_what_was_changed_is_kept_and_the_new_one_lies_beside_it(
     root: Path, changed: str, capsys: pytest.CaptureFixture[str]
