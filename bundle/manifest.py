@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from nestd.bundle.errors import BundleError, ModelNotFound
 from nestd.bundle.submodels import Slice, check_slice
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 Modality = Literal["text", "vision", "audio"]
@@ -182,7 +182,7 @@ class Manifest(_Strict):
     with the weights mapped. `vision` and `audio` are there when their encoders are.
     """
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     name: str
     source: Source
     model: ModelConfig

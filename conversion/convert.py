@@ -226,7 +226,7 @@ class _Writer:
         )
         cache = kv_cache_bytes(self.model, MINIMUM_CONTEXT)
         manifest = Manifest(
-            format_version=1,
+            format_version=2,
             name=name,
             source=Source(
                 checkpoint=source if not Path(source).is_dir() else self.checkpoint.path.name,

@@ -17,7 +17,7 @@ from nestd.conversion.weights import stack
 def attention(context: DecoderContext, graph: GraphBuilder, layer: int, normed: str) -> str:
     """Attend from rows [R, hidden]; return rows [R, hidden].
 
-    Behind the last cache owner a sequence has one row, before it S of them.
+    Before the last cache owner a sequence has S rows, behind it those whose logits are wanted.
     """
     if layer < context.model.first_kv_shared_layer:
         attended = _owner(context, graph, layer, normed)
@@ -62,7 +62,7 @@ def _consumer(context: DecoderContext, graph: GraphBuilder, layer: int, normed: 
     source = context.matrix(f"{prefix}q_proj", context.query_width, model.hidden_size)
     query = graph.linear(normed, f"{prefix}q_proj", source, context.bits)
     query = _head_norm(context, graph, f"{prefix}q_norm.weight", query, model.num_attention_heads)
-    query = graph.reshape(query, -1, 1, context.query_width)
+    query = graph.op("Reshape", query, context.query_shape)
     past = f"present.{model.kv_source(layer)}"
     return _group_query_attention(
         context, graph, layer, query, context.no_kv, context.no_kv, past, present=None

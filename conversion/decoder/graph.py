@@ -4,13 +4,13 @@ Inputs (B sequences, S new tokens each, C cache capacity, L layers, P per-layer 
     inputs_embeds float32 [B, S, hidden]; per_layer_inputs float32 [B, S, L, P];
     past_key_values.{i}.key|value float32 [B, kv_heads, C, head_dim] of each layer with a cache;
     seqlens_k int32 [B], tokens in the cache after this run minus one; total_sequence_length int32;
-    wide_layers bool [L]; kept_layers bool [L]; need_logits bool [1].
+    wide_layers bool [L]; kept_layers bool [L]; logit_rows int64 [1].
 Outputs:
-    logits float32 [B, vocab] of the last new token, [0, vocab] where need_logits is false;
+    logits float32 [B, R, vocab] of the last R = logit_rows new tokens of each sequence;
     present.{i}.key|value, to be bound to the same buffers as past_key_values.
 
-Behind the last layer that owns a cache only the last token of each sequence matters: those layers
-and the lm_head run on that row alone, and not at all unless logits are wanted.
+Behind the last layer that owns a cache only tokens whose logits are wanted matter: those layers and
+the lm_head run on these rows alone, and not at all where R is 0.
 
 Source of the arithmetic: Gemma3nTextModel in transformers 4.57. The layout differs: activations are
 rows [B * S, features], the AltUp streams [B * S, A, hidden].
@@ -81,14 +81,14 @@ def write_decoder(
         streams, wide = decoder_layer(context, graph, layer, streams, per_layer[layer])
         count.layers.append((weights.size - start - wide, wide))
 
-    # 3. The rest sees the last token of each sequence, if logits are wanted.
+    # 3. The rest sees the last R tokens of each sequence.
     tail = graph.branch("tail")
-    logits = _tail(context, graph, tail, streams, lm_head, count)
+    logits = _tail(context, tail, streams, lm_head, count)
     nothing = graph.branch("no_logits")
-    empty = nothing.op("Identity", nothing.constant(np.zeros((0, model.vocab_size))))
+    empty = nothing.op("ConstantOfShape", context.batched(nothing, 0, model.vocab_size))
     graph.op(
         "If",
-        "need_logits",
+        graph.op("Greater", "logit_rows", graph.constant([0], np.int64)),
         output="logits",
         then_branch=tail.branch_graph([logits]),
         else_branch=nothing.branch_graph([empty]),
@@ -106,15 +106,10 @@ def _shared_values(context: DecoderContext, graph: GraphBuilder) -> None:
             graph.weight(f"rope.{kind}.cos", cos),
             graph.weight(f"rope.{kind}.sin", sin),
         )
-    batch_sequence = graph.op("Shape", "inputs_embeds", start=0, end=2)
-    batch = graph.op("Shape", "inputs_embeds", start=0, end=1)
-
-    def shape(front: str, *sizes: int) -> str:
-        return graph.op("Concat", front, graph.constant(sizes, np.int64), axis=0)
-
-    context.query_shape = shape(batch_sequence, context.query_width)
-    context.kv_shape = shape(batch_sequence, context.kv_width)
-    context.no_kv = graph.op("ConstantOfShape", shape(batch, 0, context.kv_width))
+    context.batch = graph.op("Shape", "inputs_embeds", start=0, end=1)
+    context.query_shape = context.batched(graph, -1, context.query_width)
+    context.kv_shape = context.batched(graph, -1, context.kv_width)
+    context.no_kv = graph.op("ConstantOfShape", context.batched(graph, 0, context.kv_width))
     layers = model.num_layers
     context.wide_flags = graph.ops("Split", "wide_layers", outputs=layers, num_outputs=layers)
     context.kept_flags = graph.ops("Split", "kept_layers", outputs=layers, num_outputs=layers)
@@ -156,7 +151,6 @@ def _per_layer_inputs(
 
 def _tail(
     context: DecoderContext,
-    graph: GraphBuilder,
     tail: GraphBuilder,
     streams: str,
     lm_head: EmbeddingTable,
@@ -165,16 +159,19 @@ def _tail(
     """Run the layers without a cache, each behind its `kept` flag, and the lm_head."""
     model = context.model
     layers = range(model.first_kv_shared_layer, model.num_layers)
-    last = tail.constant(-1, np.int64)
-    shape = graph.op(
-        "Concat",
-        graph.op("Shape", "inputs_embeds", start=0, end=2),
-        graph.constant([model.altup_num_inputs, model.hidden_size], np.int64),
-        axis=0,
+    bounds = (
+        tail.op("Neg", "logit_rows"),
+        tail.constant([np.iinfo(np.int64).max], np.int64),
+        tail.constant([1], np.int64),
     )
-    streams = tail.op("Gather", tail.op("Reshape", streams, shape), last, axis=1)
-    rows = tail.op("Gather", "inputs_embeds", last, axis=1)
-    per_layer_rows = tail.op("Gather", "per_layer_inputs", last, axis=1)
+
+    def last(values: str, *sizes: int) -> str:
+        return tail.reshape(tail.op("Slice", values, *bounds), -1, *sizes)
+
+    sizes = (model.altup_num_inputs, model.hidden_size)
+    streams = last(tail.op("Reshape", streams, context.batched(tail, -1, *sizes)), *sizes)
+    rows = last("inputs_embeds", model.hidden_size)
+    per_layer_rows = last("per_layer_inputs", model.num_layers, model.hidden_size_per_layer_input)
     per_layer = _per_layer_inputs(context, tail, rows, per_layer_rows, layers)
     for layer in layers:
         start = tail.weights.size
@@ -189,6 +186,7 @@ def _tail(
         count.layers.append((tail.weights.size - start - wide, wide))
     hidden = context.norm(tail, merge(context, tail, streams), "norm")
     logits = lm_head.logits(tail, hidden)
+    logits = tail.op("Reshape", logits, context.batched(tail, -1, model.vocab_size))
     if model.final_logit_softcapping is None:
         return logits
     cap = tail.constant(model.final_logit_softcapping)
@@ -213,11 +211,11 @@ def _inputs(model: ModelConfig) -> list[onnx.ValueInfoProto]:
         tensor_info("total_sequence_length", TensorProto.INT32, []),
         tensor_info("wide_layers", TensorProto.BOOL, [layers]),
         tensor_info("kept_layers", TensorProto.BOOL, [layers]),
-        tensor_info("need_logits", TensorProto.BOOL, [1]),
+        tensor_info("logit_rows", TensorProto.INT64, [1]),
         *_cache_infos(model, "past_key_values"),
     ]
 
 
 def _outputs(model: ModelConfig) -> list[onnx.ValueInfoProto]:
-    logits = tensor_info("logits", TensorProto.FLOAT, ["rows", model.vocab_size])
+    logits = tensor_info("logits", TensorProto.FLOAT, ["batch", "rows", model.vocab_size])
     return [logits, *_cache_infos(model, "present")]

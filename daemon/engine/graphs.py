@@ -65,7 +65,7 @@ class Graphs:
             item.first_hard_id: hard_embeddings(bundle, modality) for modality, item in soft.items()
         }
         self._flags: dict[str, _Flags] = {}
-        self._need = {flag: np.array([flag]) for flag in (False, True)}
+        self._logit_rows = {need: np.array([need], np.int64) for need in (False, True)}
 
     def retain(self, submodel: Submodel) -> None:
         """Keep only what `submodel` needs in memory, and start to read what of it is missing.
@@ -151,7 +151,7 @@ class Graphs:
             ("total_sequence_length", np.array(total, np.int32)),
             ("wide_layers", flags.wide_layers),
             ("kept_layers", flags.kept_layers),
-            ("need_logits", self._need[need_logits]),
+            ("logit_rows", self._logit_rows[need_logits]),
         ):
             binding.bind_cpu_input(name, value)
         binding.bind_output("logits", "cpu")
@@ -165,7 +165,7 @@ class Graphs:
         if not need_logits:
             return None
         # Only the output that was bound first is fetched: copying all would copy the whole cache.
-        logits: Floats = binding.get_outputs()[0].numpy()[0]
+        logits: Floats = binding.get_outputs()[0].numpy()[0, 0]
         return logits
 
     def _submodel_flags(self, submodel: Submodel) -> _Flags:
