@@ -8,7 +8,7 @@ import pytest
 from nestd.bundle.manifest import Bundle
 from nestd.daemon.engine.generate import Generation
 from nestd.daemon.engine.graphs import Graphs
-from nestd.daemon.engine.kv_cache import KVCache
+from nestd.daemon.engine.kv_cache import KVCache, KVCaches
 from nestd.daemon.engine.media import EncodedPrompt
 from nestd.daemon.engine.messages import (
     ChatMessage,
@@ -115,11 +115,15 @@ def test_shrinking_gives_the_memory_back(
 
 def cache_with(bundle: Bundle, ids: np.ndarray) -> KVCache:
     """A cache that shows in every row which token made it."""
-    cache = KVCache(bundle.manifest.model, len(ids) + 8)
-    for buffer in cache.buffers.values():
+    cache = KVCaches(bundle.manifest.model, 1, len(ids) + 8).new()
+    for buffer in cache.caches.buffers.values():
         buffer[:, :, : len(ids)] = ids[:, np.newaxis]
     cache.length = len(ids)
     return cache
+
+
+def empty(bundle: Bundle) -> KVCache:
+    return KVCaches(bundle.manifest.model, 1, 64).new()
 
 
 class Clock:
@@ -136,9 +140,9 @@ def test_the_longest_known_beginning_is_copied(tiny_bundle: Bundle) -> None:
     for ids in (short, long):
         known.keep(ids, ["full"] * len(ids), cache_with(tiny_bundle, ids))
     wanted = np.concatenate([np.arange(25), [7, 7, 7]])
-    target = KVCache(tiny_bundle.manifest.model, 64)
+    target = empty(tiny_bundle)
     assert known.fill(target, wanted, "full") == target.length == 25
-    for buffer in target.buffers.values():
+    for buffer in target.caches.buffers.values():
         np.testing.assert_array_equal(buffer[0, 0, :25, 0], np.arange(25))
 
 
@@ -146,18 +150,18 @@ def test_one_token_is_always_left_to_read(tiny_bundle: Bundle) -> None:
     known = PrefixCache(1 << 30, 60)
     ids = np.arange(20)
     known.keep(ids, ["full"] * 20, cache_with(tiny_bundle, ids))
-    assert known.fill(KVCache(tiny_bundle.manifest.model, 64), ids, "full") == 19
+    assert known.fill(empty(tiny_bundle), ids, "full") == 19
 
 
 def test_the_least_recently_used_goes_first(tiny_bundle: Bundle) -> None:
-    one = cache_with(tiny_bundle, np.arange(20)).bytes_used
+    one = cache_with(tiny_bundle, np.arange(20)).copy().nbytes
     known = PrefixCache(2 * one, 60)
     chats = [np.arange(20) + 100 * number for number in range(3)]
     for ids in chats[:2]:
         known.keep(ids, ["full"] * 20, cache_with(tiny_bundle, ids))
-    assert known.fill(KVCache(tiny_bundle.manifest.model, 64), chats[0], "full") == 19
+    assert known.fill(empty(tiny_bundle), chats[0], "full") == 19
     known.keep(chats[2], ["full"] * 20, cache_with(tiny_bundle, chats[2]))
-    found = [known.fill(KVCache(tiny_bundle.manifest.model, 64), ids, "full") for ids in chats]
+    found = [known.fill(empty(tiny_bundle), ids, "full") for ids in chats]
     assert found == [19, 0, 19]
 
 
