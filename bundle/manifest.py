@@ -71,6 +71,10 @@ class ModelConfig(_Strict):
         """Index of the first layer that owns no KV cache."""
         return self.num_layers - self.num_kv_shared_layers
 
+    def slides(self, layer: int) -> bool:
+        """Whether `layer` attends to the last `sliding_window` tokens alone."""
+        return self.layer_types[layer] == "sliding_attention"
+
     def kv_source(self, layer: int) -> int:
         """Return the layer whose KV cache `layer` reads: itself, or the last owner of its type."""
         if layer < self.first_kv_shared_layer:

@@ -20,7 +20,7 @@ RUN_GRAPHS = """
 import sys, numpy as np, onnxruntime as ort
 TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32,
          "tensor(bool)": np.bool_}
-SIZES = {"batch": 1, "sequence": int(sys.argv[2]), "capacity": 16}
+SIZES = {"batch": 1, "sequence": int(sys.argv[2]), "capacity": 16, "window_capacity": 16}
 for path in sys.argv[3:]:
     options = ort.SessionOptions()
     options.log_severity_level = 1
@@ -33,9 +33,9 @@ for path in sys.argv[3:]:
             feed[item.name][:] = True
         if item.name == "logit_rows":
             feed[item.name][:] = 1
-        if item.name == "seqlens_k":
+        if item.name.endswith("seqlens_k"):
             feed[item.name][:] = SIZES["sequence"] - 1
-        if item.name == "total_sequence_length":
+        if item.name.endswith("total_sequence_length"):
             feed[item.name] = np.array(SIZES["sequence"], np.int32)
     run = ort.RunOptions()
     run.log_severity_level = 1

@@ -96,7 +96,9 @@ def _group_query_attention(
     present: str | None,
 ) -> str:
     model = context.model
-    sliding = model.layer_types[layer] == "sliding_attention"
+    sliding = model.slides(layer)
+    # Rows of a sliding layer's cache are not numbered by position, so positions are given.
+    kind, positions = ("window_", [context.positions]) if sliding else ("", [])
     outputs = ["", f"{present}.key", f"{present}.value"] if present else [""]
     return graph.ops(
         "GroupQueryAttention",
@@ -105,9 +107,10 @@ def _group_query_attention(
         value,
         f"{past}.key",
         f"{past}.value",
-        "seqlens_k",
-        "total_sequence_length",
+        f"{kind}seqlens_k",
+        f"{kind}total_sequence_length",
         *context.rope[model.layer_types[layer]],
+        *positions,
         outputs=outputs,
         domain=MICROSOFT,
         num_heads=model.num_attention_heads,

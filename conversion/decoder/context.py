@@ -22,6 +22,7 @@ class DecoderContext:
         rope: names of (cos, sin) caches by layer type.
         batch: name of the shape [B].
         query_shape, kv_shape: names of the shapes [B, -1, width] that give rows a batch axis again.
+        positions: name of the positions [B, rows] of the rows that run.
         no_kv: name of an empty key and value [B, 0, kv width] for layers without a cache.
         wide_flags, kept_flags: names of each layer's bool [1].
     """
@@ -34,6 +35,7 @@ class DecoderContext:
     batch: str = ""
     query_shape: str = ""
     kv_shape: str = ""
+    positions: str = ""
     no_kv: str = ""
     wide_flags: list[str] = field(default_factory=list)
     kept_flags: list[str] = field(default_factory=list)

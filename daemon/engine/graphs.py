@@ -149,6 +149,8 @@ class Graphs:
             ("per_layer_inputs", per_layer_inputs),
             ("seqlens_k", np.array([total - 1], np.int32)),
             ("total_sequence_length", np.array(total, np.int32)),
+            ("window_seqlens_k", np.array([total - 1], np.int32)),
+            ("window_total_sequence_length", np.array(total, np.int32)),
             ("wide_layers", flags.wide_layers),
             ("kept_layers", flags.kept_layers),
             ("logit_rows", self._logit_rows[need_logits]),
