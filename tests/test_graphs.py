@@ -19,7 +19,7 @@ FALLBACK = "weights will be de-quantized to fp32"
 RUN_GRAPHS = """
 import sys, numpy as np, onnxruntime as ort
 TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32,
-         "tensor(bool)": np.bool_}
+         "tensor(bool)": np.bool_, "tensor(int8)": np.int8}
 SIZES = {"batch": 1, "sequence": int(sys.argv[2]), "capacity": 16, "window_capacity": 16}
 for path in sys.argv[3:]:
     options = ort.SessionOptions()
@@ -57,7 +57,7 @@ def test_no_linear_dequantises_its_matrix_at_each_run(
     options = ConvertOptions(bits=bits)  # type: ignore[arg-type]
     bundle = convert(str(tiny_checkpoint), tmp_path / "b", options, io.StringIO())
     paths = [path for path in bundle.path.iterdir() if path.suffix == ".onnx"]
-    assert len(paths) == 3
+    assert len(paths) == 4
     assert FALLBACK not in run_log(paths, rows)
 
 

@@ -17,14 +17,16 @@ Floats = npt.NDArray[np.float32]
 
 
 class Decoder:
-    """The graphs of one bundle."""
+    """The graphs of one bundle, with a KV cache of float32 or of int8 (`kv_bits` 8)."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, kv_bits: int = 32) -> None:
         self.bundle = bundle
         self.model = bundle.manifest.model
+        self.kv_bits = kv_bits
+        files = {"decoder": "decoder" if kv_bits == 32 else "decoder_int8_cache"}
+        files |= {name: name for name in ("embed_tokens", "per_layer_embeddings")}
         self._graphs = {
-            name: load_graph(bundle.file(f"{name}.onnx"), threads=2)
-            for name in ("embed_tokens", "per_layer_embeddings", "decoder")
+            name: load_graph(bundle.file(f"{file}.onnx"), threads=2) for name, file in files.items()
         }
 
     def batch(self, size: int, capacity: int, window_capacity: int | None = None) -> Batch:
@@ -45,7 +47,10 @@ class Decoder:
         binding.bind_output("logits", "cpu")
         for name, buffer in buffers.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", share(buffer))
-            binding.bind_ortvalue_output(f"present.{name}", share(buffer))
+        for name in (output.name for output in self._graphs["decoder"].get_outputs()[1:]):
+            layer, part = name.split(".")[1:]
+            buffer = buffers[f"{self.model.kv_source(int(layer))}.{part}"]
+            binding.bind_ortvalue_output(name, share(buffer))
         self._graphs["decoder"].run_with_iobinding(binding)
         return np.asarray(binding.get_outputs()[0].numpy())
 
@@ -64,21 +69,14 @@ class Batch:
         self.window = Window(model.sliding_window, window_capacity)
         self.lengths = np.zeros(size, np.int64)
         self.starts = np.zeros(size, np.int64)
-        # NaN in rows that nothing may read shows in every logit.
-        self.buffers = {
-            f"{layer}.{part}": np.full(
-                (
-                    size,
-                    model.num_key_value_heads,
-                    window_capacity if model.slides(layer) else capacity,
-                    model.head_dim,
-                ),
-                np.nan,
-                np.float32,
-            )
-            for layer in range(model.first_kv_shared_layer)
-            for part in ("key", "value")
-        }
+        # In rows that nothing may read, NaN shows in every logit, and 127 in many.
+        self._unread, kind = (np.nan, np.float32) if decoder.kv_bits == 32 else (127, np.int8)
+        self.buffers: dict[str, npt.NDArray[Any]] = {}
+        for layer in range(model.first_kv_shared_layer):
+            rows = window_capacity if model.slides(layer) else capacity
+            shape = (size, model.num_key_value_heads, rows, model.head_dim)
+            for part in ("key", "value"):
+                self.buffers[f"{layer}.{part}"] = np.full(shape, self._unread, kind)
 
     def cut(self, index: int, length: int) -> None:
         """Forget the tokens of sequence `index` from `length` on."""
@@ -91,7 +89,7 @@ class Batch:
             for name, buffer in self.buffers.items():
                 if self._decoder.model.slides(int(name.split(".")[0])) and first != start:
                     kept = buffer[index, :, first - start : length - start].copy()
-                    buffer[index] = np.nan
+                    buffer[index] = self._unread
                     buffer[index, :, : length - first] = kept
             self.starts[index] = first
 
