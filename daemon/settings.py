@@ -162,6 +162,8 @@ class EngineSettings(Section):
     """How the engine loads the bundle; see `EngineOptions` for the limits.
 
     Attributes:
+        kv_window: caches of sliding layers hold the last tokens alone, not the whole context.
+        kv_bits: width of keys and values.
         session_cache_bytes: keys and values of ended answers, kept for prompts that begin alike.
         session_cache_s: how long they are kept after they were last of use.
     """
@@ -169,6 +171,8 @@ class EngineSettings(Section):
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     context_length: Annotated[int, Field(ge=16, le=131072)]
     prefill_chunk: Annotated[int, Field(ge=1, le=4096)]
+    kv_window: bool = True
+    kv_bits: Literal[8, 32] = 32
     session_cache_bytes: ByteSize
     session_cache_s: Seconds = 600.0
 

@@ -80,7 +80,7 @@ class Generation:
         self._made_by: list[str] = []
         self._chunk = prefill_chunk
         self._max_tokens = min(sampling.max_tokens, room)
-        self._cache = graphs.new_cache(len(prompt.ids) + self._max_tokens)
+        self._cache = graphs.new_cache(context_length)
         if known is not None:
             self._skip(known.fill(self._cache, self._ids, submodel.name))
         self.cached_tokens = self._cache.length

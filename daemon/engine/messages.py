@@ -30,6 +30,8 @@ class EngineOptions(_Message):
         threads: intra-operator threads; None leaves the choice to ONNX Runtime.
         context_length: tokens that one session's KV cache holds.
         prefill_chunk: prompt tokens per prefill step; a cancel or switch waits for one chunk.
+        kv_window: caches of sliding layers hold the last tokens alone, not the whole context.
+        kv_bits: width of keys and values.
         prepared_directory: where weights prepared for this CPU are kept and mapped from; None keeps
             the weights in private memory.
         media: what one picture, clip or film may be.
@@ -42,6 +44,8 @@ class EngineOptions(_Message):
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     context_length: Annotated[int, Field(ge=16, le=131072)] = 4096
     prefill_chunk: Annotated[int, Field(ge=1, le=4096)] = 128
+    kv_window: bool = True
+    kv_bits: Literal[8, 32] = 32
     prepared_directory: Path | None = None
     media: MediaLimits = MediaLimits()
     feature_cache_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024

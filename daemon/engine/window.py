@@ -24,6 +24,17 @@ class Window:
     size: int
     capacity: int
 
+    @classmethod
+    def of(cls, size: int, context_length: int, prefill_chunk: int | None) -> Window:
+        """Return the cache of a session of `context_length` that reads `prefill_chunk` a step.
+
+        With None, it has room for the whole session. A margin of a quarter of the window keeps
+        small what a token pays for moving rows.
+        """
+        if prefill_chunk is None:
+            return cls(size, context_length)
+        return cls(size, min(context_length, size - 1 + max(prefill_chunk, size // 4)))
+
     @property
     def most_rows(self) -> int:
         """New tokens that a step may bring at any length of the sequence."""
