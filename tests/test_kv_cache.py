@@ -1,145 +1,115 @@
-"""Slots with windows: what the engine's caches do to a sequence's logits, which is nothing."""
+"""Slots of the KV cache: sequences keep their rows when they are moved, and give memory back."""
 
 from __future__ import annotations
 
-import io
+import mmap
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import pytest
-from support.tiny import WINDOW
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.engine import small_manifest
 
-from nestd.bundle.manifest import Bundle, Submodel
-from nestd.conversion.convert import ConvertOptions, convert
-from nestd.daemon.engine.graphs import Floats, Graphs
-from nestd.daemon.engine.kv_cache import KVCache
-from nestd.daemon.engine.messages import EngineOptions
+from nestd.daemon.engine.kv_cache import KVCache, KVCaches, View
 
-LENGTH = 8 * WINDOW
-IDS = np.random.default_rng(8).integers(5, 300, (3, LENGTH))
+MODEL = small_manifest().model
+SLOTS, CAPACITY = 5, 12
 
 
-def graphs_of(bundle: Bundle, kv_bits: Literal[8, 32], kv_window: bool) -> Graphs:
-    options = EngineOptions(threads=2, prefill_chunk=5, kv_window=kv_window, kv_bits=kv_bits)
-    return Graphs(bundle, options)
+def append(cache: KVCache, tag: int, count: int) -> None:
+    """Write rows that show whose they are and where."""
+    for buffer in cache.caches.buffers.values():
+        for row in range(cache.length, cache.length + count):
+            buffer[cache.slot, :, row] = 100 * tag + row
+    cache.length += count
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    destination = tmp_path_factory.mktemp("float32") / "bundle"
-    return convert(str(tiny_checkpoint), destination, ConvertOptions(bits=32), io.StringIO())
+def rows_of(view: View, cache: KVCache) -> list[list[float]]:
+    place = cache.slot - view.first
+    return [list(item[place, 0, : cache.length, 0]) for item in view.buffers.values()]
 
 
-@pytest.fixture(scope="module", params=[32, 8])
-def kv_bits(request: pytest.FixtureRequest) -> Any:
-    return request.param
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_sequences_keep_their_rows_through_any_life(data: st.DataObject) -> None:
+    caches = KVCaches(MODEL, SLOTS, CAPACITY)
+    live: dict[int, KVCache] = {}
+    for tag in range(1, 15):
+        action = data.draw(st.sampled_from(["new", "append", "free", "together", "forget"]))
+        if action == "new" and len(live) < SLOTS:
+            live[tag] = caches.new()
+        if not live:
+            continue
+        some = data.draw(st.lists(st.sampled_from(sorted(live)), min_size=1, unique=True))
+        cache = live[some[0]]
+        if action == "append":
+            append(cache, some[0], data.draw(st.integers(0, cache.room)))
+        elif action == "forget":
+            cache.length = data.draw(st.integers(0, cache.length))
+        elif action == "free":
+            caches.free(live.pop(some[0]))
+        elif action == "together":
+            view = caches.together([live[item] for item in some])
+            assert all(len(item) == len(some) for item in view.buffers.values())
+            for item in some:
+                expected = [100.0 * item + row for row in range(live[item].length)]
+                assert all(rows == expected for rows in rows_of(view, live[item]))
+    assert len({cache.slot for cache in live.values()}) == len(live)
+    for tag, cache in live.items():
+        for rows in cache.copy().buffers.values():
+            np.testing.assert_array_equal(rows[0, :, 0], 100 * tag + np.arange(cache.length))
 
 
-@pytest.fixture(scope="module")
-def windowed(bundle: Bundle, kv_bits: Literal[8, 32]) -> Graphs:
-    return graphs_of(bundle, kv_bits, kv_window=True)
+def test_neighbours_are_not_moved_and_their_view_is_the_same_again() -> None:
+    caches = KVCaches(MODEL, 3, CAPACITY)
+    first, second, _ = (caches.new() for _ in range(3))
+    view = caches.together([first, second])
+    assert (first.slot, second.slot) == (0, 1)
+    assert caches.together([second, first]) is view
+    buffer = caches.buffers["0.key"]
+    assert np.shares_memory(view.buffers["0.key"], buffer)
 
 
-@pytest.fixture(scope="module")
-def whole(bundle: Bundle, kv_bits: Literal[8, 32]) -> Graphs:
-    return graphs_of(bundle, kv_bits, kv_window=False)
+def test_a_hole_is_closed_by_moving_the_shorter_neighbour() -> None:
+    caches = KVCaches(MODEL, 3, CAPACITY)
+    short, gone, long = (caches.new() for _ in range(3))
+    append(short, 1, 2)
+    append(long, 2, 9)
+    caches.free(gone)
+    assert caches.together([short, long]).first == 1
+    assert (short.slot, long.slot) == (1, 2)
 
 
-def full(graphs: Graphs) -> Submodel:
-    return graphs.bundle.manifest.submodels[-1]
+def test_no_more_sequences_fit_than_there_are_slots() -> None:
+    caches = KVCaches(MODEL, 1, CAPACITY)
+    only = caches.new()
+    with pytest.raises(ValueError, match="slots"):
+        caches.new()
+    caches.free(only)
+    assert caches.new().slot == 0
 
 
-def read(graphs: Graphs, cache: KVCache, ids: np.ndarray) -> None:
-    for at in range(0, len(ids), 5):
-        graphs.run(ids[at : at + 5], cache, full(graphs), need_logits=False)
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
-def alike(one: Floats, other: Floats) -> bool:
-    """Sums in another order may round an int8 key to its neighbour; a wrong row moves all."""
-    return float(np.linalg.norm(one - other)) < 0.02 * float(np.linalg.norm(other))
-
-
-def test_buffers_of_sliding_layers_are_as_small_as_the_window(windowed: Graphs) -> None:
-    caches = windowed.new_caches(2, LENGTH)
-    rows = {name: buffer.shape[2] for name, buffer in caches.buffers.items()}
-    assert rows == {
-        f"{layer}.{part}": WINDOW - 1 + 5 if windowed.model.slides(layer) else LENGTH
-        for layer in range(5)
-        for part in ("key", "value")
-    }
-    assert 2 * caches.bytes_of(LENGTH) == sum(item.nbytes for item in caches.buffers.values())
-
-
-def test_a_batch_of_windows_that_change_slots_equals_sequences_alone(
-    windowed: Graphs, whole: Graphs
-) -> None:
-    caches, apart = windowed.new_caches(4, LENGTH), whole.new_caches(4, LENGTH)
-    sequences, others = [caches.new() for _ in IDS], [apart.new() for _ in IDS]
-    for ids, length, one, other in zip(IDS, (3, WINDOW, 70), sequences, others, strict=True):
-        read(windowed, one, ids[:length])
-        read(whole, other, ids[:length])
-    for step in range(40):
-        # A changing pair steps, so sequences move between slots while their windows move.
-        pair = [(step + index) % 3 for index in range(2)]
-        ids = np.array([[IDS[item, sequences[item].length]] for item in pair])
-        logits = windowed.run_batch(ids, [sequences[item] for item in pair], full(windowed))
-        logits = [item.copy() for item in logits]
-        expected = whole.run_batch(ids, [others[item] for item in pair], full(whole))
-        assert all(alike(one, other) for one, other in zip(logits, expected, strict=True))
-    assert all(sequence.start > 0 for sequence in sequences)
-
-
-def test_rows_that_were_kept_serve_a_beginning_that_the_window_still_holds(
-    windowed: Graphs,
-) -> None:
-    cache = windowed.new_cache(LENGTH)
-    read(windowed, cache, IDS[0][:73])
-    rows = cache.copy()
-    assert rows.holds(73)
-    assert not rows.holds(40)
-    with pytest.raises(ValueError, match="not what a sequence can go on from"):
-        windowed.new_cache(LENGTH).fill(rows, 40)
-    count = next(count for count in range(73) if rows.start and rows.holds(count))
-    again, alone = windowed.new_cache(LENGTH), windowed.new_cache(LENGTH)
-    again.fill(rows, count)
-    read(windowed, alone, IDS[0][:count])
-    for at in range(count, count + 30):
-        one = windowed.run(IDS[0][at : at + 1], again, full(windowed), need_logits=True)
-        other = windowed.run(IDS[0][at : at + 1], alone, full(windowed), need_logits=True)
-        assert one is not None
-        assert other is not None
-        assert alike(one, other)
-
-
-def test_a_sequence_is_not_cut_back_beyond_its_window(windowed: Graphs) -> None:
-    cache = windowed.new_cache(LENGTH)
-    read(windowed, cache, IDS[0][:100])
-    cache.length -= 1  # a guess that was wrong
-    with pytest.raises(ValueError, match="no way back to 20"):
-        cache.length = 20
-
-
-def test_more_tokens_than_a_window_takes_at_once_are_refused(windowed: Graphs) -> None:
-    cache = windowed.new_cache(LENGTH)
-    read(windowed, cache, IDS[0][:30])
-    with pytest.raises(ValueError, match="at most 5 fit a window"):
-        windowed.run(IDS[0][30:36], cache, full(windowed), need_logits=False)
-    assert cache.length == 30
-
-
-def test_prepared_weights_of_another_cache_width_are_prepared_anew(
-    tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    directory = tmp_path_factory.mktemp("prepared")
-    results = []
-    widths: tuple[Literal[8, 32], ...] = (32, 8)
-    for kv_bits in widths:
-        options = EngineOptions(threads=2, prepared_directory=directory, kv_bits=kv_bits)
-        graphs = Graphs(tiny_bundle, options)
-        cache = graphs.new_cache(LENGTH)
-        results.append(graphs.run(IDS[0][:50], cache, full(graphs), need_logits=True))
-        assert len(list(directory.iterdir())) == 1
-        assert cache.caches.buffers["0.key"].itemsize == kv_bits // 8
-    assert not np.array_equal(*results)
-    assert np.linalg.norm(results[0] - results[1]) < 0.2 * np.linalg.norm(results[0])
+def test_only_written_rows_are_resident_and_a_freed_or_moved_sequence_gives_them_back() -> None:
+    tokens = 1 << 17
+    caches = KVCaches(MODEL, 3, tokens)
+    size = caches.bytes_of(tokens)
+    assert size == 16 * 2**20
+    before = resident_bytes()
+    first, second = caches.new(), caches.new()
+    for buffer in caches.buffers.values():
+        buffer[:2] = 1
+    first.length = second.length = tokens
+    assert resident_bytes() - before == pytest.approx(2 * size, rel=0.1)
+    caches.free(first)
+    assert resident_bytes() - before == pytest.approx(size, rel=0.1)
+    third, fourth = caches.new(), caches.new()
+    fourth.length = 1
+    caches.together([third, second, fourth])
+    caches.free(third)
+    caches.together([second, fourth])
+    assert resident_bytes() - before == pytest.approx(size, rel=0.1)

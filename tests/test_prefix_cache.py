@@ -219,12 +219,20 @@ def test_a_cancelled_prompt_is_known_as_far_as_it_was_read(graphs: Graphs, promp
 
     def answer() -> Generation:
         sampling = Sampling(max_tokens=4)
-        tokenizer = prompt.tokenizer
+        cache = graphs.new_cache(480)
         return Generation(
-            graphs, tokenizer, EncodedPrompt(ids), sampling, submodel, 480, 32, known=known
+            graphs,
+            prompt.tokenizer,
+            EncodedPrompt(ids),
+            sampling,
+            submodel,
+            cache,
+            480,
+            known=known,
         )
 
     first = answer()
-    first.step()
+    first.step(32)
     first.cancel()
+    first.release()
     assert answer().cached_tokens == 32
