@@ -39,8 +39,13 @@ def _owner(context: DecoderContext, graph: GraphBuilder, layer: int, normed: str
         )
     )
     projected = graph.linear(normed, f"{prefix}qkv_proj", fused, context.bits)
+    # One Reshape for all three. One norm for all three, or a packed input, would be slower.
     query, key, value = graph.ops(
-        "Split", projected, graph.constant(widths, np.int64), outputs=3, axis=1
+        "Split",
+        graph.op("Reshape", projected, context.qkv_shape),
+        graph.constant(widths, np.int64),
+        outputs=3,
+        axis=2,
     )
     query = _head_norm(context, graph, f"{prefix}q_norm.weight", query, model.num_attention_heads)
     key = _head_norm(context, graph, f"{prefix}k_norm.weight", key, model.num_key_value_heads)
@@ -49,9 +54,9 @@ def _owner(context: DecoderContext, graph: GraphBuilder, layer: int, normed: str
         context,
         graph,
         layer,
-        graph.op("Reshape", query, context.query_shape),
-        graph.op("Reshape", key, context.kv_shape),
-        graph.op("Reshape", value, context.kv_shape),
+        query,
+        key,
+        value,
         f"past_key_values.{layer}",
         present=f"present.{layer}",
     )
@@ -72,7 +77,7 @@ def _consumer(context: DecoderContext, graph: GraphBuilder, layer: int, normed: 
 def _head_norm(
     context: DecoderContext, graph: GraphBuilder, name: str | None, rows: str, heads: int
 ) -> str:
-    """RMS-normalise each head of rows [R, heads * head_dim]; without a name, without a weight."""
+    """RMS-normalise each head of [..., heads * head_dim]; without a name, without a weight."""
     scale = [context.small(graph, name, context.model.head_dim)] if name else []
     return graph.op(
         "BranchwiseRMSNorm",

@@ -117,7 +117,8 @@ def _shared_values(context: DecoderContext, graph: GraphBuilder) -> None:
         )
     context.batch = graph.op("Shape", "inputs_embeds", start=0, end=1)
     context.query_shape = context.batched(graph, -1, context.query_width)
-    context.kv_shape = context.batched(graph, -1, context.kv_width)
+    qkv_width = context.query_width + 2 * context.kv_width
+    context.qkv_shape = context.batched(graph, -1, qkv_width)
     context.no_kv = graph.op("ConstantOfShape", context.batched(graph, 0, context.kv_width))
     context.positions = _positions(graph)
     layers = model.num_layers
@@ -162,10 +163,9 @@ def _per_layer_inputs(
     bounds = (graph.constant([bound], np.int64) for bound in (layers.start, layers.stop, 1))
     embedded = graph.op("Slice", per_layer_rows, *bounds)
     both = graph.op("Mul", graph.op("Add", normed, embedded), graph.constant(math.sqrt(0.5)))
-    pieces = graph.ops("Split", both, outputs=len(layers), axis=1, num_outputs=len(layers))
-    return {
-        layer: graph.reshape(piece, -1, width) for layer, piece in zip(layers, pieces, strict=True)
-    }
+    flat = graph.reshape(both, -1, len(layers) * width)
+    pieces = graph.ops("Split", flat, outputs=len(layers), axis=1, num_outputs=len(layers))
+    return dict(zip(layers, pieces, strict=True))
 
 
 def _tail(
@@ -204,13 +204,15 @@ def _tail(
             else_branch=skipped.branch_graph([skipped.op("Identity", streams)]),
         )
         count.layers.append((tail.weights.size - start - wide, wide))
-    hidden = context.norm(tail, merge(context, tail, streams), "norm")
+    cap = model.final_logit_softcapping
+    # Dividing by the cap is part of the norm's weight: one pass over the vocabulary less.
+    scale = context.small(tail, "norm.weight", model.hidden_size, factor=1 / (cap or 1.0))
+    hidden = tail.rms_norm(merge(context, tail, streams), scale, model.rms_norm_eps)
     logits = lm_head.logits(tail, hidden)
     logits = tail.op("Reshape", logits, context.batched(tail, -1, model.vocab_size))
-    if model.final_logit_softcapping is None:
+    if cap is None:
         return logits
-    cap = tail.constant(model.final_logit_softcapping)
-    return tail.op("Mul", tail.op("Tanh", tail.op("Div", logits, cap)), cap)
+    return tail.op("Mul", tail.op("Tanh", logits), tail.constant(cap))
 
 
 def _cache_infos(model: ModelConfig, prefix: str) -> list[onnx.ValueInfoProto]:
