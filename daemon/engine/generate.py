@@ -137,9 +137,12 @@ class Generation:
         self._cache.caches.free(self._cache)
 
     def _decode(self, pending: Ids, guess: bool) -> str:
+        room = self._cache.caches.window.most_rows - len(pending)
+        if room < 0:  # a schema left no choice for more tokens than a step takes
+            return self._run(pending[:room], 0)
         if self._lookup is None or not guess:
             return self._run(pending, 1)
-        most = self._max_tokens - self.completion_tokens - 1
+        most = min(self._max_tokens - self.completion_tokens - 1, room)
         guesses = self._lookup.propose(self._identity, most)
         before = self.guessed_tokens
         piece = self._run(np.concatenate([pending, guesses]), len(guesses) + 1)

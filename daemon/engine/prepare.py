@@ -25,7 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nestd.bundle.errors import BundleError
 from nestd.bundle.manifest import Bundle
@@ -41,19 +41,29 @@ GROWTH = 2.2
 log = logging.getLogger(__name__)
 
 
-def prepared_decoder(bundle: Bundle, directory: Path, threads: int | None) -> Path:
+def decoder_graph(kv_bits: Literal[8, 32]) -> str:
+    """Return the name of the bundle's decoder graph with a KV cache of that width."""
+    return "decoder" if kv_bits == 32 else "decoder_int8_cache"
+
+
+def prepared_decoder(
+    bundle: Bundle, directory: Path, threads: int | None, kv_bits: Literal[8, 32] = 32
+) -> Path:
     """Return the directory with the prepared decoder of `bundle`, made now if it is not there.
 
     Args:
         bundle: what to prepare.
         directory: where prepared weights are kept, one sub-directory a bundle.
         threads: intra-operator threads.
+        kv_bits: width of the KV cache.
 
     Raises:
         BundleError: the disk is too small, or ONNX Runtime refuses the graph.
     """
     needed = int(GROWTH * bundle.manifest.submodels[-1].decoder_bytes)
-    return _prepared(bundle, "decoder", ("decoder.", "embed_tokens."), needed, directory, threads)
+    source = bundle.file(f"{decoder_graph(kv_bits)}.onnx")
+    files = (source.name, "decoder.data", "embed_tokens.")
+    return _prepared(bundle, "decoder", source, files, needed, directory, threads)
 
 
 def prepared_encoder(bundle: Bundle, graph: str, directory: Path, threads: int | None) -> Path:
@@ -71,18 +81,20 @@ def prepared_encoder(bundle: Bundle, graph: str, directory: Path, threads: int |
     section = graph if graph in bundle.manifest.sections else graph.rpartition("_")[0]
     needed = int(GROWTH * bundle.manifest.sections[section])
     files = (f"{graph}.", f"{section}.")
-    return _prepared(bundle, graph, files, needed, directory, threads) / f"{graph}.onnx"
+    source = bundle.file(f"{graph}.onnx")
+    return _prepared(bundle, graph, source, files, needed, directory, threads) / source.name
 
 
 def _prepared(
     bundle: Bundle,
     graph: str,
+    source: Path,
     files: tuple[str, ...],
     needed: int,
     directory: Path,
     threads: int | None,
 ) -> Path:
-    """Return the directory with the prepared `graph`, which depends on the bundle's `files`."""
+    """Return the directory with `source` prepared as `graph`; it depends on these `files`."""
     stem = bundle.manifest.name if graph == "decoder" else f"{bundle.manifest.name}-{graph}"
     key = _key(bundle, files)
     target = directory / f"{stem}-{key[:16]}"
@@ -97,7 +109,7 @@ def _prepared(
                 f"the prepared weights need {needed / 1e9:.1f} GB, {directory} has "
                 f"{free / 1e9:.1f} GB free: free some space, or set `weights: resident`"
             )
-        _make(bundle, graph, directory, target, threads)
+        _make(bundle, graph, source, target, threads)
     except OSError as error:
         remedy = "free some space" if error.errno == errno.ENOSPC else "make it writable"
         raise BundleError(
@@ -107,13 +119,13 @@ def _prepared(
     return target
 
 
-def _make(bundle: Bundle, graph: str, directory: Path, target: Path, threads: int | None) -> None:
+def _make(bundle: Bundle, graph: str, source: Path, target: Path, threads: int | None) -> None:
     log.info("preparing weights for this CPU (%s); this happens once and takes a while", graph)
     start = time.monotonic()
-    staging = Path(tempfile.mkdtemp(prefix=".preparing-", dir=directory))
+    staging = Path(tempfile.mkdtemp(prefix=".preparing-", dir=target.parent))
     try:
         file = staging / f"{graph}.onnx"
-        save_prepared(bundle.file(file.name), file, staging / f"{graph}.data", threads)
+        save_prepared(source, file, staging / f"{graph}.data", threads)
         if file.name == GRAPH:
             parts = json.dumps(_parts(file, bundle.manifest.model.nested_intermediate_size))
             (staging / PARTS).write_text(parts, encoding="ascii")

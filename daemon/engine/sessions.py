@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
@@ -56,7 +55,7 @@ def save_prepared(path: Path, graph: Path, data: Path, threads: int | None) -> N
     _session(path, options)
 
 
-def share(buffer: npt.NDArray[np.float32] | npt.NDArray[np.int32]) -> Any:  # noqa: ANN401  (an OrtValue)
+def share(buffer: npt.NDArray[Any]) -> Any:  # noqa: ANN401  (an OrtValue)
     """Return an OrtValue on the memory of `buffer`, which must outlive it."""
     return ort.OrtValue.ortvalue_from_numpy(buffer)
 
