@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from nestd.bundle.errors import BundleError, ModelNotFound
 from nestd.bundle.submodels import Slice, check_slice
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 Modality = Literal["text", "vision", "audio"]
@@ -71,6 +71,18 @@ class ModelConfig(_Strict):
     def first_kv_shared_layer(self) -> int:
         """Index of the first layer that owns no KV cache."""
         return self.num_layers - self.num_kv_shared_layers
+
+    def slides(self, layer: int) -> bool:
+        """Whether `layer` attends to the last `sliding_window` tokens alone."""
+        return self.layer_types[layer] == "sliding_attention"
+
+    def kv_cache_bytes(self, tokens: int, window_capacity: int, kv_bits: int) -> int:
+        """Return the KV cache of one sequence; sliding layers hold `window_capacity` at most."""
+        row = 2 * self.num_key_value_heads * self.head_dim * kv_bits // 8
+        return row * sum(
+            min(tokens, window_capacity) if self.slides(layer) else tokens
+            for layer in range(self.first_kv_shared_layer)
+        )
 
     def kv_source(self, layer: int) -> int:
         """Return the layer whose KV cache `layer` reads: itself, or the last owner of its type."""
@@ -183,7 +195,7 @@ class Manifest(_Strict):
     with the weights mapped. `vision` and `audio` are there when their encoders are.
     """
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     name: str
     source: Source
     model: ModelConfig

@@ -35,8 +35,8 @@ from nestd.bundle.manifest import (
 from nestd.bundle.submodels import Slice, check_slice, parse_slices, slices_for
 from nestd.conversion import assets
 from nestd.conversion.checkpoint import Checkpoint
-from nestd.conversion.costs import MINIMUM_CONTEXT, OVERHEAD_BYTES, cost, kv_cache_bytes
-from nestd.conversion.decoder import DecoderBytes, write_decoder
+from nestd.conversion.costs import MINIMUM_CONTEXT, OVERHEAD_BYTES, cost
+from nestd.conversion.decoder import DecoderBytes, write_decoder, write_int8_cache_decoder
 from nestd.conversion.embeddings import (
     EmbeddingTable,
     write_embed_tokens,
@@ -210,6 +210,7 @@ class _Writer:
                 self.staging / "decoder.onnx", self.checkpoint, model, quantization, weights, tokens
             )
             self.sections["decoder"] = weights.size
+        write_int8_cache_decoder(self.staging, self.checkpoint, model)
 
         # 4. The encoders with their projectors.
         for name, encoder in encoders.items():
@@ -233,9 +234,9 @@ class _Writer:
             (cost(self.model, item, self.decoder, lm_head) for item in slices),
             key=lambda item: item.effective_params,
         )
-        cache = kv_cache_bytes(self.model, MINIMUM_CONTEXT)
+        cache = self.model.kv_cache_bytes(MINIMUM_CONTEXT, MINIMUM_CONTEXT, kv_bits=32)
         manifest = Manifest(
-            format_version=1,
+            format_version=2,
             name=name,
             source=Source(
                 checkpoint=source if not Path(source).exists() else self.checkpoint.path.name,

@@ -15,6 +15,7 @@ from nestd.bundle.errors import (
 )
 from nestd.bundle.manifest import Manifest
 from nestd.daemon.conversations import Conversations
+from nestd.daemon.elastic.answer_energy import Share
 from nestd.daemon.elastic.governor import Governor
 from nestd.daemon.engine.messages import (
     Cancel,
@@ -46,7 +47,10 @@ FILTER_RETRY_MS = 10_000
 
 
 class Dispatch:
-    """Starts requests on the engine, one at a time, and turns its events into replies."""
+    """Starts requests on the engine, as many as the plan allows, and turns its events into replies.
+
+    A request whose engine has died runs alone from then on: if it dies again, it is to blame.
+    """
 
     def __init__(
         self,
@@ -74,10 +78,12 @@ class Dispatch:
         self.judging: list[RequestRecord] = []
 
     def start_next(self, now: float) -> None:
-        """Give the engine the next request if it has none."""
-        while self._supervisor.state == "ready" and not self._book.running:
+        """Give the engine the next requests, as far as it may run more."""
+        while self._supervisor.state == "ready" and self._may_run_more():
             record = self._book.next_waiting()
             if record is None or record.request is None:
+                return
+            if record.deaths and self._book.running:
                 return
             request = record.request
             record.energy = self._governor.energy(now)
@@ -118,15 +124,16 @@ class Dispatch:
                 if streams and not self._filter.judges("answer"):
                     self._replies.delta(record, event)
         elif isinstance(event, Finished | Failed):
+            energy = self._governor.energy(now)
             record = self._book.leave_engine(event.id)
             if record is not None and record.state == "running":
-                self._conclude(record, event, now)
+                self._conclude(record, event, energy, now)
         elif isinstance(event, Stats):
             self.stats = event
         elif isinstance(event, Ready):
             self._governor.engine_ready()
         elif isinstance(event, Exited):
-            self._engine_died(event)
+            self._engine_died(event, now)
         elif isinstance(event, LoadFailed) and self._supervisor.degraded is not None:
             self.refuse_waiting()
 
@@ -182,7 +189,16 @@ class Dispatch:
             return None
         return Loading(f"the engine cannot load the bundle: {reason}", retry_after_ms=60_000)
 
-    def _conclude(self, record: RequestRecord, event: Finished | Failed, now: float) -> None:
+    def _may_run_more(self) -> bool:
+        running = self._book.running
+        if any(record.deaths for record in running):
+            return False
+        # While the plan refuses, its requests are answered one by one with the reason.
+        return len(running) < max(1, self._governor.plan.concurrency.value)
+
+    def _conclude(
+        self, record: RequestRecord, event: Finished | Failed, energy: Share, now: float
+    ) -> None:
         if isinstance(event, Failed):
             retryable = event.code == InsufficientMemory.code
             after = self._governor.retry_after_ms(event.code) if retryable else None
@@ -190,8 +206,10 @@ class Dispatch:
         elif event.finish_reason == "cancelled":
             self._replies.error(record, Cancelled("the engine was told to drop the request"))
         else:
-            joules = self._governor.answered(record, event.completion_tokens, now)
-            self._intake.answered_in((now - (record.started or now)) * 1000)
+            joules = self._governor.answered(record, event.completion_tokens, energy)
+            # A place becomes free after each of those that run side by side.
+            side_by_side = len(self._book.running) + 1
+            self._intake.answered_in((now - (record.started or now)) * 1000 / side_by_side)
             if self._filter.judges("answer"):
                 self.judging.append(record)
                 self._filter.answer(record, event, joules)
@@ -209,8 +227,9 @@ class Dispatch:
         if record.engine_id is not None:
             self._supervisor.send(Cancel(id=record.engine_id))
 
-    def _engine_died(self, event: Exited) -> None:
+    def _engine_died(self, event: Exited, now: float) -> None:
         self.stats = None
+        self._governor.energy(now)
         for record in self._book.running:
             if record.engine_id is not None:
                 self._book.leave_engine(record.engine_id)

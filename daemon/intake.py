@@ -94,7 +94,7 @@ class Intake:
             self._filter.request(record, request)
 
     def answered_in(self, milliseconds: float) -> None:
-        """Learn how long an answer takes, for `retry_after_ms`."""
+        """Learn after how long a place becomes free, for `retry_after_ms`."""
         old = self._answer_ms if self._answer_ms is not None else milliseconds
         self._answer_ms = 0.7 * old + 0.3 * milliseconds
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from nestd.bundle.errors import QueueFull
 from nestd.daemon.delivery import Entry, Final
-from nestd.daemon.elastic.answer_energy import EnergyMark
+from nestd.daemon.elastic.answer_energy import Share
 from nestd.daemon.elastic.plan import Choice
 from nestd.daemon.engine.messages import ChatMessage
 from nestd.daemon.mqtt.contract import Request
@@ -50,7 +50,7 @@ class RequestRecord:
         passed: no filter has to judge it any more.
         wish: the sub-model that a control request asked for in place of the request's own.
         route: the sub-models that the engine was told to run this attempt on, and why each.
-        energy: the energy counter when this attempt started, where the board has one.
+        energy: an answer's share of the board's energy when this attempt started.
         refused: it ended with an error before it could wait; the client may send it again.
     """
 
@@ -74,7 +74,7 @@ class RequestRecord:
     passed: bool = True
     wish: str | None = None
     route: list[Choice[str]] = field(default_factory=list)
-    energy: EnergyMark | None = None
+    energy: Share | None = None
     state: Literal["waiting", "running", "ended"] = "waiting"
     refused: bool = False
     entries: list[Entry] = field(default_factory=list)
@@ -198,8 +198,16 @@ class RequestBook:
         del self._records[record.client, record.id]
 
     def next_waiting(self) -> RequestRecord | None:
-        """Return the waiting request of the highest priority, the oldest of several."""
-        return min((item for item in self._waiting if item.passed), key=_rank, default=None)
+        """Return the waiting request of the highest priority, the oldest of several.
+
+        One whose conversation is being answered waits for that answer, which is part of its prompt.
+        """
+        if not self._waiting:
+            return None
+        answered_now = (r for r in self._records.values() if r.state == "running")
+        busy = {key for record in answered_now if (key := conversation_of(record))}
+        free = (r for r in self._waiting if r.passed and conversation_of(r) not in busy)
+        return min(free, key=_rank, default=None)
 
     def ahead_of(self, record: RequestRecord) -> int:
         """How many requests run or will run before `record`."""
@@ -270,6 +278,13 @@ class RequestBook:
         """Say whether the request was cancelled before it came in, and forget that."""
         until = [self._early_cancels.pop((who, request_id), 0.0) for who in (client, None)]
         return max(until) > now
+
+
+def conversation_of(record: RequestRecord) -> tuple[str, str] | None:
+    """Return the client and its id of the conversation that a request belongs to, or None."""
+    if record.request is None or record.request.conversation is None:
+        return None
+    return (record.client, record.request.conversation)
 
 
 def _rank(record: RequestRecord) -> tuple[int, int]:

@@ -32,7 +32,6 @@ def generation(
     text: str = "turn the light on",
     submodel: str = "full",
     context: int = CONTEXT,
-    chunk: int = 8,
     **sampling: object,
 ) -> Generation:
     ids = prompt.encode([ChatMessage(role="user", content=text)])
@@ -42,15 +41,15 @@ def generation(
         EncodedPrompt(ids),
         Sampling.model_validate({"max_tokens": 40, **sampling}),
         graphs.bundle.manifest.submodel(submodel),
+        graphs.new_cache(context),
         context,
-        chunk,
     )
 
 
-def finish(answer: Generation) -> list[str]:
+def finish(answer: Generation, chunk: int = 8) -> list[str]:
     pieces = []
     while answer.finish_reason is None:
-        pieces.append(answer.step())
+        pieces.append(answer.step(chunk))
     return pieces
 
 
@@ -62,8 +61,8 @@ def test_pieces_join_to_the_answer(graphs: Graphs, prompt: Prompt) -> None:
 
 
 def test_chunk_size_does_not_change_the_answer(graphs: Graphs, prompt: Prompt) -> None:
-    answers = [generation(graphs, prompt, chunk=chunk) for chunk in (3, 16, 128)]
-    assert len({tuple(finish(answer)) and answer.text for answer in answers}) == 1
+    texts = ["".join(finish(generation(graphs, prompt), chunk)) for chunk in (3, 16, 128)]
+    assert len(set(texts)) == 1
 
 
 def test_greedy_decoding_follows_the_logits_of_the_graph(graphs: Graphs, prompt: Prompt) -> None:
@@ -142,8 +141,8 @@ def test_cancelling_ends_the_answer_at_once_and_keeps_its_text(
 def test_cancelling_during_prefill_stops_before_the_next_chunk(
     graphs: Graphs, prompt: Prompt
 ) -> None:
-    answer = generation(graphs, prompt, text="x" * 100, chunk=8)
-    answer.step()
+    answer = generation(graphs, prompt, text="x" * 100)
+    answer.step(8)
     assert answer.prefilling
     answer.cancel()
     assert (answer.finish_reason, answer.completion_tokens) == ("cancelled", 0)

@@ -146,8 +146,8 @@ answer = Generation(
     EncodedPrompt(ids),
     Sampling(max_tokens=4),
     bundle.manifest.submodels[0],
+    graphs.new_cache(64),
     64,
-    8,
 )
 while answer.finish_reason is None:
     answer.step()

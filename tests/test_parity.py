@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch", reason="parity needs torch and transformers
 pytest.importorskip("transformers")
 
 from support.checkpoints import save_checkpoint, text_config, text_model  # noqa: E402
+from support.decoder import Decoder  # noqa: E402
 from support.slicing import sliced_model  # noqa: E402
 from support.tiny import NARROW, WINDOW  # noqa: E402
 
@@ -114,6 +115,23 @@ def test_a_cut_checkpoint_of_mixed_widths_equals_transformers(tmp_path: Path) ->
     expected, _ = reference(cut.model, ids)
     logits, _ = decode(cut.graphs(32), ids, cut.full(32), PROMPT, PROMPT)
     np.testing.assert_allclose(logits, expected[PROMPT - 1 :], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [2, 7, WINDOW + 9])
+def test_the_last_rows_of_a_chunk_all_have_the_logits_of_transformers(
+    tiny: Tiny, rows: int
+) -> None:
+    ids = token_ids(PROMPT + 2 * rows)
+    expected, _ = reference(tiny.model, ids)
+    batch = Decoder(tiny.graphs(32).bundle).batch(1, len(ids))
+    logits = batch.step(ids[None, :PROMPT], rows)
+    assert logits.shape == (1, rows, expected.shape[1])
+    np.testing.assert_allclose(logits[0], expected[PROMPT - rows : PROMPT], atol=TOLERANCE, rtol=0)
+    assert batch.step(ids[None, PROMPT : PROMPT + rows], 0).shape == (1, 0, expected.shape[1])
+    # The last tokens are forgotten and read again, as after a guess that was wrong.
+    batch.cut(0, len(ids) - rows - rows // 2)
+    logits = batch.step(ids[None, batch.lengths[0] :], rows)
+    np.testing.assert_allclose(logits[0], expected[-rows:], atol=TOLERANCE, rtol=0)
 
 
 def test_int8_logits_keep_a_cosine_of_0_999_at_every_step(tiny: Tiny) -> None:

@@ -8,7 +8,7 @@ import pytest
 from nestd.bundle.manifest import Bundle
 from nestd.daemon.engine.generate import Generation
 from nestd.daemon.engine.graphs import Graphs
-from nestd.daemon.engine.kv_cache import KVCache
+from nestd.daemon.engine.kv_cache import KVCache, KVCaches
 from nestd.daemon.engine.media import EncodedPrompt
 from nestd.daemon.engine.messages import (
     ChatMessage,
@@ -27,13 +27,13 @@ SYSTEM = "You run a house of many rooms and answer in few words, always politely
 
 
 @pytest.fixture(scope="module")
-def graphs(tiny_bundle: Bundle) -> Graphs:
-    return Graphs(tiny_bundle, EngineOptions(threads=1))
+def graphs(exact_bundle: Bundle) -> Graphs:
+    return Graphs(exact_bundle, EngineOptions(threads=1))
 
 
 @pytest.fixture(scope="module")
-def prompt(tiny_bundle: Bundle) -> Prompt:
-    return Prompt(tiny_bundle)
+def prompt(exact_bundle: Bundle) -> Prompt:
+    return Prompt(exact_bundle)
 
 
 class Engine:
@@ -76,10 +76,16 @@ def test_the_next_turn_of_a_chat_reads_only_what_is_new(graphs: Graphs, prompt: 
     assert second.prompt_tokens - second.cached_tokens <= new
 
 
+@pytest.fixture(scope="module")
+def unwindowed(exact_bundle: Bundle) -> Graphs:
+    return Graphs(exact_bundle, EngineOptions(threads=1, kv_window=False))
+
+
 @pytest.mark.parametrize("submodel", ["nested", "full"])
 def test_answers_are_the_same_with_and_without(
-    graphs: Graphs, prompt: Prompt, submodel: str
+    unwindowed: Graphs, prompt: Prompt, submodel: str
 ) -> None:
+    graphs = unwindowed
     engine = Engine(graphs, prompt)
     for seed in range(6):
         texts = ("lamp on", "it is", f"now number {seed}")
@@ -87,6 +93,24 @@ def test_answers_are_the_same_with_and_without(
         alone = Engine(graphs, prompt, session_cache_bytes=0)
         assert known.text == alone.ask(*texts, submodel=submodel, seed=seed).text
     assert known.cached_tokens > 0
+
+
+def test_a_chat_goes_on_from_a_window_that_has_moved(
+    graphs: Graphs, unwindowed: Graphs, prompt: Prompt
+) -> None:
+    """Its last tokens are there; a question that branches off further up is read anew."""
+    windowed, whole = Engine(graphs, prompt), Engine(unwindowed, prompt)
+    alone = Engine(graphs, prompt, session_cache_bytes=0)
+    texts = ["lamp on and tell me at length about it, please", *["it is", "and off again"] * 2]
+    for seed in range(3):
+        answer = windowed.ask(*texts, seed=seed)
+        assert answer.text == alone.ask(*texts, seed=seed).text
+        whole.ask(*texts, seed=seed)
+        texts += [answer.text, "and the heater"]
+    assert answer.cached_tokens > 200
+    assert windowed.ask("heater off").text == alone.ask("heater off").text
+    assert windowed.events[-1].cached_tokens == 0  # type: ignore[union-attr]
+    assert whole.ask("heater off").cached_tokens > 0
 
 
 def test_what_another_submodel_has_read_is_read_again(graphs: Graphs, prompt: Prompt) -> None:
@@ -115,11 +139,15 @@ def test_shrinking_gives_the_memory_back(
 
 def cache_with(bundle: Bundle, ids: np.ndarray) -> KVCache:
     """A cache that shows in every row which token made it."""
-    cache = KVCache(bundle.manifest.model, len(ids) + 8)
-    for buffer in cache.buffers.values():
+    cache = KVCaches(bundle.manifest.model, 1, len(ids) + 8).new()
+    for buffer in cache.caches.buffers.values():
         buffer[:, :, : len(ids)] = ids[:, np.newaxis]
     cache.length = len(ids)
     return cache
+
+
+def empty(bundle: Bundle) -> KVCache:
+    return KVCaches(bundle.manifest.model, 1, 64).new()
 
 
 class Clock:
@@ -136,9 +164,9 @@ def test_the_longest_known_beginning_is_copied(tiny_bundle: Bundle) -> None:
     for ids in (short, long):
         known.keep(ids, ["full"] * len(ids), cache_with(tiny_bundle, ids))
     wanted = np.concatenate([np.arange(25), [7, 7, 7]])
-    target = KVCache(tiny_bundle.manifest.model, 64)
+    target = empty(tiny_bundle)
     assert known.fill(target, wanted, "full") == target.length == 25
-    for buffer in target.buffers.values():
+    for buffer in target.caches.buffers.values():
         np.testing.assert_array_equal(buffer[0, 0, :25, 0], np.arange(25))
 
 
@@ -146,18 +174,18 @@ def test_one_token_is_always_left_to_read(tiny_bundle: Bundle) -> None:
     known = PrefixCache(1 << 30, 60)
     ids = np.arange(20)
     known.keep(ids, ["full"] * 20, cache_with(tiny_bundle, ids))
-    assert known.fill(KVCache(tiny_bundle.manifest.model, 64), ids, "full") == 19
+    assert known.fill(empty(tiny_bundle), ids, "full") == 19
 
 
 def test_the_least_recently_used_goes_first(tiny_bundle: Bundle) -> None:
-    one = cache_with(tiny_bundle, np.arange(20)).bytes_used
+    one = cache_with(tiny_bundle, np.arange(20)).copy().nbytes
     known = PrefixCache(2 * one, 60)
     chats = [np.arange(20) + 100 * number for number in range(3)]
     for ids in chats[:2]:
         known.keep(ids, ["full"] * 20, cache_with(tiny_bundle, ids))
-    assert known.fill(KVCache(tiny_bundle.manifest.model, 64), chats[0], "full") == 19
+    assert known.fill(empty(tiny_bundle), chats[0], "full") == 19
     known.keep(chats[2], ["full"] * 20, cache_with(tiny_bundle, chats[2]))
-    found = [known.fill(KVCache(tiny_bundle.manifest.model, 64), ids, "full") for ids in chats]
+    found = [known.fill(empty(tiny_bundle), ids, "full") for ids in chats]
     assert found == [19, 0, 19]
 
 
@@ -191,12 +219,20 @@ def test_a_cancelled_prompt_is_known_as_far_as_it_was_read(graphs: Graphs, promp
 
     def answer() -> Generation:
         sampling = Sampling(max_tokens=4)
-        tokenizer = prompt.tokenizer
+        cache = graphs.new_cache(480)
         return Generation(
-            graphs, tokenizer, EncodedPrompt(ids), sampling, submodel, 480, 32, known=known
+            graphs,
+            prompt.tokenizer,
+            EncodedPrompt(ids),
+            sampling,
+            submodel,
+            cache,
+            480,
+            known=known,
         )
 
     first = answer()
-    first.step()
+    first.step(32)
     first.cancel()
+    first.release()
     assert answer().cached_tokens == 32

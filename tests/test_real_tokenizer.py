@@ -251,7 +251,10 @@ def test_an_answer_streams_from_a_conversation(graphs: Graphs, prompt: Prompt) -
     ids = prompt.encode([ChatMessage(role="user", content="Wie warm ist es? 🌡️")])
     sampling = Sampling(max_tokens=24, temperature=1.5, top_k=0, top_p=1.0, seed=5)
     submodel = graphs.bundle.manifest.submodels[-1]
-    answer = Generation(graphs, prompt.tokenizer, EncodedPrompt(ids), sampling, submodel, 256, 16)
+    cache = graphs.new_cache(256)
+    answer = Generation(
+        graphs, prompt.tokenizer, EncodedPrompt(ids), sampling, submodel, cache, 256
+    )
     pieces = []
     while answer.finish_reason is None:
         pieces.append(answer.step())

@@ -62,8 +62,8 @@ def answer(
         EncodedPrompt(ids),
         Sampling.model_validate(options | sampling),
         graphs.bundle.manifest.submodel("full"),
+        graphs.new_cache(480),
         480,
-        64,
         grammars.compile(structure),
     )
 

@@ -17,7 +17,7 @@ from nestd.conversion.weights import stack
 def attention(context: DecoderContext, graph: GraphBuilder, layer: int, normed: str) -> str:
     """Attend from rows [R, hidden]; return rows [R, hidden].
 
-    Behind the last cache owner a sequence has one row, before it S of them.
+    Before the last cache owner a sequence has S rows, behind it those whose logits are wanted.
     """
     if layer < context.model.first_kv_shared_layer:
         attended = _owner(context, graph, layer, normed)
@@ -39,8 +39,13 @@ def _owner(context: DecoderContext, graph: GraphBuilder, layer: int, normed: str
         )
     )
     projected = graph.linear(normed, f"{prefix}qkv_proj", fused, context.bits)
+    # One Reshape for all three. One norm for all three, or a packed input, would be slower.
     query, key, value = graph.ops(
-        "Split", projected, graph.constant(widths, np.int64), outputs=3, axis=1
+        "Split",
+        graph.op("Reshape", projected, context.qkv_shape),
+        graph.constant(widths, np.int64),
+        outputs=3,
+        axis=2,
     )
     query = _head_norm(context, graph, f"{prefix}q_norm.weight", query, model.num_attention_heads)
     key = _head_norm(context, graph, f"{prefix}k_norm.weight", key, model.num_key_value_heads)
@@ -49,9 +54,9 @@ def _owner(context: DecoderContext, graph: GraphBuilder, layer: int, normed: str
         context,
         graph,
         layer,
-        graph.op("Reshape", query, context.query_shape),
-        graph.op("Reshape", key, context.kv_shape),
-        graph.op("Reshape", value, context.kv_shape),
+        query,
+        key,
+        value,
         f"past_key_values.{layer}",
         present=f"present.{layer}",
     )
@@ -62,7 +67,7 @@ def _consumer(context: DecoderContext, graph: GraphBuilder, layer: int, normed: 
     source = context.matrix(f"{prefix}q_proj", context.query_width, model.hidden_size)
     query = graph.linear(normed, f"{prefix}q_proj", source, context.bits)
     query = _head_norm(context, graph, f"{prefix}q_norm.weight", query, model.num_attention_heads)
-    query = graph.reshape(query, -1, 1, context.query_width)
+    query = graph.op("Reshape", query, context.query_shape)
     past = f"present.{model.kv_source(layer)}"
     return _group_query_attention(
         context, graph, layer, query, context.no_kv, context.no_kv, past, present=None
@@ -72,7 +77,7 @@ def _consumer(context: DecoderContext, graph: GraphBuilder, layer: int, normed: 
 def _head_norm(
     context: DecoderContext, graph: GraphBuilder, name: str | None, rows: str, heads: int
 ) -> str:
-    """RMS-normalise each head of rows [R, heads * head_dim]; without a name, without a weight."""
+    """RMS-normalise each head of [..., heads * head_dim]; without a name, without a weight."""
     scale = [context.small(graph, name, context.model.head_dim)] if name else []
     return graph.op(
         "BranchwiseRMSNorm",
@@ -96,7 +101,9 @@ def _group_query_attention(
     present: str | None,
 ) -> str:
     model = context.model
-    sliding = model.layer_types[layer] == "sliding_attention"
+    sliding = model.slides(layer)
+    # Rows of a sliding layer's cache are not numbered by position, so positions are given.
+    kind, positions = ("window_", [context.positions]) if sliding else ("", [])
     outputs = ["", f"{present}.key", f"{present}.value"] if present else [""]
     return graph.ops(
         "GroupQueryAttention",
@@ -105,9 +112,10 @@ def _group_query_attention(
         value,
         f"{past}.key",
         f"{past}.value",
-        "seqlens_k",
-        "total_sequence_length",
+        f"{kind}seqlens_k",
+        f"{kind}total_sequence_length",
         *context.rope[model.layer_types[layer]],
+        *positions,
         outputs=outputs,
         domain=MICROSOFT,
         num_heads=model.num_attention_heads,

@@ -20,7 +20,9 @@ class DecoderContext:
         bits: of attention and feed-forward, which hold nearly all weights.
         small_bits: of the projections around them, which are few and more sensitive: never 4.
         rope: names of (cos, sin) caches by layer type.
-        query_shape, kv_shape: names of the shapes [B, S, width] that give rows a batch axis again.
+        batch: name of the shape [B].
+        query_shape, qkv_shape: names of the shapes [B, -1, width] that give rows a batch axis.
+        positions: name of the positions [B, rows] of the rows that run.
         no_kv: name of an empty key and value [B, 0, kv width] for layers without a cache.
         wide_flags, kept_flags: names of each layer's bool [1].
     """
@@ -30,8 +32,10 @@ class DecoderContext:
     bits: int
     small_bits: int
     rope: dict[str, tuple[str, str]] = field(default_factory=dict)
+    batch: str = ""
     query_shape: str = ""
-    kv_shape: str = ""
+    qkv_shape: str = ""
+    positions: str = ""
     no_kv: str = ""
     wide_flags: list[str] = field(default_factory=list)
     kept_flags: list[str] = field(default_factory=list)
@@ -49,6 +53,10 @@ class DecoderContext:
     def matrix(self, name: str, rows: int, columns: int) -> Matrix:
         """Return the whole weight `name`.weight, a matrix [rows, columns]."""
         return matrix(self.checkpoint, f"{name}.weight", (rows, columns))
+
+    def batched(self, graph: GraphBuilder, *sizes: int) -> str:
+        """Return the name of the shape [B, *sizes]."""
+        return graph.op("Concat", self.batch, graph.constant(sizes, np.int64), axis=0)
 
     def small(self, graph: GraphBuilder, name: str, *shape: int, factor: float = 1.0) -> str:
         """Add the small float32 tensor `name` of `shape`, times `factor`, to `graph`."""

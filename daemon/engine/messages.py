@@ -34,6 +34,11 @@ class EngineOptions(_Message):
         threads: intra-operator threads; None leaves the choice to ONNX Runtime.
         context_length: tokens that one session's KV cache holds.
         prefill_chunk: prompt tokens per prefill step; a cancel or switch waits for one chunk.
+        kv_window: caches of sliding layers hold the last tokens alone, not the whole context.
+        kv_bits: width of keys and values.
+        parallel_requests: answers that run at once; each may fill a KV cache of `context_length`.
+        max_stall_seconds: how long a chunk of a prompt may hold up answers that run.
+        prompt_lookup: guess an answer's next tokens from its prompt while it runs alone.
         prepared_directory: where weights prepared for this CPU are kept and mapped from; None keeps
             the weights in private memory.
         execution_providers: of ONNX Runtime, for the decoder and the encoders, the preferred first.
@@ -47,6 +52,11 @@ class EngineOptions(_Message):
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     context_length: Annotated[int, Field(ge=16, le=131072)] = 4096
     prefill_chunk: Annotated[int, Field(ge=1, le=4096)] = 128
+    kv_window: bool = True
+    kv_bits: Literal[8, 32] = 32
+    parallel_requests: Annotated[int, Field(ge=1, le=64)] = 4
+    max_stall_seconds: Annotated[float, Field(gt=0, le=60)] = 0.25
+    prompt_lookup: bool = True
     prepared_directory: Path | None = None
     execution_providers: Annotated[tuple[str, ...], Field(min_length=1)] = CPU_PROVIDERS
     media: MediaLimits = MediaLimits()
@@ -123,7 +133,7 @@ def media_of(messages: Sequence[ChatMessage]) -> list[MediaContent]:
 
 
 class Start(_Message):
-    """Answer `messages` on `submodel`. Requests run in the order in which they are started.
+    """Answer `messages` on `submodel`. Beyond `parallel_requests` they wait, the first first.
 
     `context_length` is what memory allows this session now; None is the engine's own.
     """
@@ -145,7 +155,7 @@ class Cancel(_Message):
 
 
 class SetSubmodel(_Message):
-    """Run on `submodel` from the next step on: the running request `id`, or all of them (None)."""
+    """Run on `submodel` from the next step on: request `id`, or all of them (None)."""
 
     kind: Literal["set_submodel"] = "set_submodel"
     submodel: str
@@ -209,7 +219,13 @@ class Switch(_Message):
 
 
 class Timings(_Message):
-    """Milliseconds spent on one request inside the engine."""
+    """Milliseconds of one request inside the engine, whatever else ran meanwhile.
+
+    Attributes:
+        encode_ms: until its prompt is tokenised and its media are encoded.
+        prefill_ms: from then to its first token.
+        decode_ms: from then to its end.
+    """
 
     encode_ms: float = 0.0
     prefill_ms: float = 0.0
@@ -219,7 +235,8 @@ class Timings(_Message):
 class Finished(_Message):
     """Request `id` ended; `text` is the whole answer, `switches` starts with the first size.
 
-    `cached_tokens` of the prompt's were known from an earlier answer and not read again.
+    `cached_tokens` of the prompt's were known from an earlier answer and not read again;
+    `guessed_tokens` of the answer's were guessed and needed no step of their own.
     """
 
     kind: Literal["finished"] = "finished"
@@ -229,6 +246,7 @@ class Finished(_Message):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    guessed_tokens: int = 0
     switches: tuple[Switch, ...] = ()
     timings: Timings = Timings()
 
@@ -252,7 +270,8 @@ class LoadFailed(_Message):
 class Stats(_Message):
     """Sent about once a second while the engine works and once after it has become idle.
 
-    Also when an encoder has been loaded or unloaded; `encoders` are those loaded now.
+    Also when an encoder has been loaded or unloaded; `encoders` are those loaded now. Rates are
+    what all answers together got done in the time of their steps, over the last seconds of work.
     """
 
     kind: Literal["stats"] = "stats"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from nestd.daemon.engine.kv_cache import KVCache
+from nestd.daemon.engine.kv_cache import KVCache, KVRows
 
 Ids = npt.NDArray[np.int64]
 
@@ -29,13 +29,13 @@ class Rows:
     Attributes:
         ids: int64 [rows], as `identity` gives them.
         submodels: the sub-model that made each row.
-        cache: the rows.
+        kept: the rows.
         used: when they were last of use, on the clock.
     """
 
     ids: Ids
     submodels: list[str]
-    cache: KVCache
+    kept: KVRows
     used: float
 
 
@@ -77,22 +77,25 @@ class PrefixCache:
         best, most = None, LEAST_TOKENS - 1
         for rows in self._kept:
             length = min(_common(rows, submodel, ids), len(ids) - 1)
-            if length > most:
+            if length > most and rows.kept.holds(length):
                 best, most = rows, length
         if best is None:
             return 0
-        cache.copy_rows(best.cache, most)
+        cache.fill(best.kept, most)
         best.used = self._clock()
         self._kept.remove(best)
         self._kept.append(best)
         return most
 
     def keep(self, ids: Ids, submodels: list[str], cache: KVCache) -> None:
-        """Keep the rows of an ended answer; what it continued is part of it and goes."""
-        new = Rows(ids[: cache.length], submodels[: cache.length], cache, self._clock())
+        """Copy the rows of an ended answer; what it continued is part of it and goes."""
+        ids, submodels = ids[: cache.length], submodels[: cache.length]
+        if cache.caches.bytes_of(cache.length) > self._most_bytes:
+            return
+        new = Rows(ids, submodels, cache.copy(), self._clock())
         self._kept = [rows for rows in self._kept if not _within(rows, new)]
         self._kept.append(new)
-        while sum(rows.cache.bytes_used for rows in self._kept) > self._most_bytes:
+        while sum(rows.kept.nbytes for rows in self._kept) > self._most_bytes:
             self._kept.pop(0)
 
     def expire(self) -> None:

@@ -28,7 +28,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nestd.bundle.errors import BundleError
 from nestd.bundle.manifest import Bundle
@@ -48,19 +48,28 @@ GROWTH_PER_CHANNEL = GROWTH + 1
 log = logging.getLogger(__name__)
 
 
-def prepared_decoder(bundle: Bundle, directory: Path, threads: int | None) -> Path:
+def decoder_graph(kv_bits: Literal[8, 32]) -> str:
+    """Return the name of the bundle's decoder graph with a KV cache of that width."""
+    return "decoder" if kv_bits == 32 else "decoder_int8_cache"
+
+
+def prepared_decoder(
+    bundle: Bundle, directory: Path, threads: int | None, kv_bits: Literal[8, 32] = 32
+) -> Path:
     """Return the directory with the prepared decoder of `bundle`, made now if it is not there.
 
     Args:
         bundle: what to prepare.
         directory: where prepared weights are kept, one sub-directory a bundle.
         threads: intra-operator threads.
+        kv_bits: width of the KV cache.
 
     Raises:
         BundleError: the disk is too small, or ONNX Runtime refuses the graph.
     """
-    files = ("decoder.", "embed_tokens.")
-    return _prepared(bundle, "decoder", files, needed_bytes(bundle), directory, threads)
+    source = bundle.file(f"{decoder_graph(kv_bits)}.onnx")
+    files = (source.name, "decoder.data", "embed_tokens.")
+    return _prepared(bundle, "decoder", source, files, needed_bytes(bundle), directory, threads)
 
 
 def needed_bytes(bundle: Bundle) -> int:
@@ -84,18 +93,20 @@ def prepared_encoder(bundle: Bundle, graph: str, directory: Path, threads: int |
     section = graph if graph in bundle.manifest.sections else graph.rpartition("_")[0]
     needed = int(GROWTH * bundle.manifest.sections[section])
     files = (f"{graph}.", f"{section}.")
-    return _prepared(bundle, graph, files, needed, directory, threads) / f"{graph}.onnx"
+    source = bundle.file(f"{graph}.onnx")
+    return _prepared(bundle, graph, source, files, needed, directory, threads) / source.name
 
 
 def _prepared(
     bundle: Bundle,
     graph: str,
+    source: Path,
     files: tuple[str, ...],
     needed: int,
     directory: Path,
     threads: int | None,
 ) -> Path:
-    """Return the directory with the prepared `graph`, which depends on the bundle's `files`."""
+    """Return the directory with `source` prepared as `graph`; it depends on these `files`."""
     stem = bundle.manifest.name if graph == "decoder" else f"{bundle.manifest.name}-{graph}"
     key = _key(bundle, files)
     target = directory / f"{stem}-{key[:16]}"
@@ -110,7 +121,7 @@ def _prepared(
                 f"the prepared weights need {needed / 1e9:.1f} GB, {directory} has "
                 f"{free / 1e9:.1f} GB free: free some space, or set `weights: resident`"
             )
-        _make(bundle, graph, directory, target, threads)
+        _make(bundle, graph, source, target, threads)
     except OSError as error:
         remedy = "free some space" if error.errno == errno.ENOSPC else "make it writable"
         raise BundleError(
@@ -120,14 +131,13 @@ def _prepared(
     return target
 
 
-def _make(bundle: Bundle, graph: str, directory: Path, target: Path, threads: int | None) -> None:
+def _make(bundle: Bundle, graph: str, source: Path, target: Path, threads: int | None) -> None:
     cpu = detect()
     log.info("preparing weights for this CPU: %s, %s; this takes a while, once", graph, cpu)
     start = time.monotonic()
-    staging = Path(tempfile.mkdtemp(prefix=".preparing-", dir=directory))
+    staging = Path(tempfile.mkdtemp(prefix=".preparing-", dir=target.parent))
     try:
         file = staging / f"{graph}.onnx"
-        source = bundle.file(file.name)
         derived = staging / "derived"
         if file.name == GRAPH and not cpu.blockwise_int8:
             log.info("this CPU has no kernel for blockwise int8: one scale a channel instead")

@@ -16,21 +16,18 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO
 
 import psutil
 
-from nestd.bundle.errors import BundleError, InsufficientMemory, RequestError
+from nestd.bundle.errors import BundleError, RequestError
 from nestd.bundle.manifest import Bundle, Submodel
-from nestd.daemon.engine.generate import Generation, check_length
+from nestd.daemon.engine.admission import Admission, Admitted, Refused
+from nestd.daemon.engine.generate import Generation
 from nestd.daemon.engine.graphs import Graphs
-from nestd.daemon.engine.media import EncodedPrompt, MediaReader
 from nestd.daemon.engine.messages import (
     COMMANDS,
     Cancel,
@@ -49,9 +46,10 @@ from nestd.daemon.engine.messages import (
     Stats,
     Stop,
     Timings,
-    media_of,
 )
 from nestd.daemon.engine.prefix_cache import PrefixCache
+from nestd.daemon.engine.prompt_lookup import PromptLookup
+from nestd.daemon.engine.scheduler import Scheduler
 from nestd.daemon.engine.structure import Grammars
 from nestd.daemon.logs import configure
 from nestd.daemon.prompt.template import Prompt
@@ -60,8 +58,6 @@ STATS_SECONDS = 1.0
 # Of 1000: killed before the daemon and before most of what else runs on the board.
 OOM_SCORE_ADJ = "900"
 
-T = TypeVar("T")
-
 log = logging.getLogger("nestd.engine")
 
 
@@ -69,20 +65,31 @@ class _Wake:
     """Put into the inbox when the thread for media has done something."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """A request whose media are being read."""
+@dataclass(slots=True)
+class _Answer:
+    """A running request: when its prompt began to be read, was read, and gave its first token."""
 
-    start: Start
+    id: str
+    generation: Generation
     began: float
-    prompt: Future[EncodedPrompt]
-    cancelled: threading.Event
+    ready: float
+    first_token: float | None = None
+
+    def timings(self, now: float) -> Timings:
+        """Return where the time until `now` went."""
+        first = now if self.first_token is None else self.first_token
+        return Timings(
+            encode_ms=1000 * (self.ready - self.began),
+            prefill_ms=1000 * (first - self.ready),
+            decode_ms=1000 * (now - first),
+        )
 
 
 class Worker:
     """The engine's state between two steps: what waits and what runs.
 
-    `wake` is called from another thread when a step has become possible or encoders have changed.
+    `wake` is called from another thread when a step has become possible or encoders have changed;
+    `clock` gives seconds.
     """
 
     def __init__(
@@ -92,35 +99,33 @@ class Worker:
         options: EngineOptions,
         send: Callable[[Event], None],
         wake: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._graphs = graphs
         self._prompt = prompt
         self._options = options
         self._send = send
-        self._wake = wake
+        self._clock = clock
         self._grammars = Grammars(graphs.bundle)
         self._known = PrefixCache(options.session_cache_bytes, options.session_cache_seconds)
+        self._caches = graphs.new_caches(options.parallel_requests, options.context_length)
+        self._admission = Admission(graphs.bundle, prompt, options, wake, clock)
+        self._scheduler = Scheduler(graphs, options.prefill_chunk, options.max_stall_seconds, clock)
+        self._answers: dict[Generation, _Answer] = {}
         self._retained: Submodel | None = None
-        self._media = MediaReader(graphs.bundle, prompt, options)
-        self._media_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="media")
-        self._crash: BaseException | None = None
-        self._waiting: deque[Start] = deque()
-        self._reading: _Reading | None = None
-        self._running: tuple[str, Generation, float] | None = None
-        self._rates: tuple[float | None, float | None] = (None, None)
         self.submodel: str | None = None
 
     @property
     def busy(self) -> bool:
         """A step would do something."""
-        if self._running or self._crash:
+        if self._answers or self._admission.crash:
             return True
-        return self._reading.prompt.done() if self._reading else bool(self._waiting)
+        return self._admission.possible(self._places)
 
     def handle(self, command: Command) -> None:
         """Take one command; its effect shows with the next step."""
         if isinstance(command, Start):
-            self._waiting.append(command)
+            self._admission.add(command)
         elif isinstance(command, Cancel):
             self._cancel(command.id)
         elif isinstance(command, SetSubmodel):
@@ -128,36 +133,31 @@ class Worker:
         elif isinstance(command, Retain):
             self._retain(self._graphs.bundle.manifest.submodel(command.submodel))
         elif isinstance(command, KeepEncoders):
-            self._submit(self._keep_encoders, command)
+            self._admission.keep_encoders(command)
 
     def step(self) -> None:
-        """Admit the next request, or run one step of the running one."""
-        if self._crash is not None:
-            raise self._crash
-        if self._running is not None:
-            request_id, generation, _ = self._running
-            submodel = generation.submodel.name
-            self._emit(request_id, generation, generation.step(), submodel)
-        elif self._reading is not None:
-            reading, self._reading = self._reading, None
-            self._begin(reading.start, reading.began, reading.prompt.result)
-        else:
-            self._admit(self._waiting.popleft())
+        """Admit the next request, if one may run, and run one step of those that do."""
+        if self._admission.crash is not None:
+            raise self._admission.crash
+        if self._places:
+            self._admit()
+        if self._answers:
+            for progress in self._scheduler.step():
+                answer = self._answers[progress.generation]
+                self.submodel = progress.submodel
+                self._emit(answer, progress.piece, progress.submodel)
 
     def stats(self) -> Stats:
         """Return memory and speed now; None where nothing has run yet."""
         # Not memory_full_info(): it walks every page of the mapped weights.
         memory = psutil.Process().memory_info()
-        if self._running is not None:
-            self._measure(self._running[1])
-        prefill, decode = self._rates
         return Stats(
             rss_bytes=memory.rss,
             private_bytes=memory.rss - memory.shared,
-            decode_tokens_per_second=decode,
-            prefill_tokens_per_second=prefill,
+            decode_tokens_per_second=self._scheduler.decode.read(),
+            prefill_tokens_per_second=self._scheduler.prefill.read(),
             submodel=self.submodel,
-            encoders=self._media.encoders.loaded,
+            encoders=self._admission.encoders,
         )
 
     def next_expiry(self) -> float | None:
@@ -170,88 +170,52 @@ class Worker:
 
     def close(self) -> None:
         """Read no more media."""
-        self._media_thread.shutdown(wait=False, cancel_futures=True)
+        self._admission.close()
 
-    def _admit(self, start: Start) -> None:
-        began = time.monotonic()
-        if media_of(start.messages):
-            cancelled = threading.Event()
-            prompt = self._submit(
-                self._media.read,
-                start.messages,
-                partial(self._check_length, start),
-                cancelled.is_set,
-            )
-            self._reading = _Reading(start, began, prompt, cancelled)
-        else:
-            self._begin(start, began, lambda: EncodedPrompt(self._prompt.encode(start.messages)))
+    @property
+    def _places(self) -> int:
+        """How many more answers may run."""
+        return self._options.parallel_requests - len(self._answers)
 
-    def _begin(self, start: Start, began: float, read: Callable[[], EncodedPrompt]) -> None:
-        """Let the answer to `start` run, or say why it cannot."""
-        try:
-            prompt = read()
-            self._check_length(start, len(prompt.ids))
-            generation = Generation(
-                self._graphs,
-                self._prompt.tokenizer,
-                prompt,
-                start.sampling,
-                self._graphs.bundle.manifest.submodel(start.submodel),
-                self._context_length(start),
-                self._options.prefill_chunk,
-                self._grammars.compile(start.structure) if start.structure else None,
-                self._known,
-            )
-        except RequestError as error:
-            self._send(Failed(id=start.id, code=error.code, message=str(error)))
+    def _admit(self) -> None:
+        """Let the next request run, or say why it cannot."""
+        admitted = self._admission.next(self._places)
+        if admitted is None:
             return
-        self._running = (start.id, generation, time.monotonic() - began)
+        try:
+            if isinstance(admitted, Refused):
+                raise admitted.error
+            self._begin(admitted)
+        except RequestError as error:
+            self._send(Failed(id=admitted.start.id, code=error.code, message=str(error)))
 
-    def _context_length(self, start: Start) -> int:
-        full = self._options.context_length
-        return min(full, start.context_length or full)
-
-    def _check_length(self, start: Start, tokens: int) -> None:
-        """Raise if a prompt of `tokens` leaves no room for an answer."""
-        context_length = self._context_length(start)
-        if context_length <= tokens < self._options.context_length:
-            raise InsufficientMemory(
-                f"the prompt has {tokens} tokens and memory is short, which leaves a context of "
-                f"{context_length} now: shorten it, or ask again later"
-            )
-        check_length(tokens, context_length)
-
-    def _keep_encoders(self, command: KeepEncoders) -> None:
-        self._media.keep(command.keep)
-        for modality in command.load:
-            try:
-                self._media.encoders.load(modality)
-            except BundleError as error:
-                log.error("cannot load the %s encoder: %s", modality, error)
-
-    def _submit(self, function: Callable[..., T], *args: object) -> Future[T]:
-        """Run `function` on the thread for media; what it raises unforeseen ends the engine."""
-        future = self._media_thread.submit(function, *args)
-        future.add_done_callback(self._finished)
-        return future
-
-    def _finished(self, future: Future[Any]) -> None:
-        if not future.cancelled() and not isinstance(future.exception(), RequestError | None):
-            self._crash = future.exception()
-        self._wake()
+    def _begin(self, admitted: Admitted) -> None:
+        start = admitted.start
+        grammar = self._grammars.compile(start.structure) if start.structure else None
+        generation = Generation(
+            self._graphs,
+            self._prompt.tokenizer,
+            admitted.prompt,
+            start.sampling,
+            self._graphs.bundle.manifest.submodel(start.submodel),
+            self._caches.new(),
+            admitted.context_length,
+            grammar,
+            self._known,
+            PromptLookup() if self._options.prompt_lookup else None,
+        )
+        self._scheduler.add(generation)
+        self._answers[generation] = _Answer(start.id, generation, admitted.began, self._clock())
 
     def _cancel(self, request_id: str) -> None:
-        if self._running and self._running[0] == request_id:
-            generation = self._running[1]
-            self._emit(request_id, generation, generation.cancel(), generation.submodel.name)
-        elif self._reading and self._reading.start.id == request_id:
-            self._reading.cancelled.set()
-            self._reading = None
+        if self._admission.cancel(request_id):
             self._send(Finished(id=request_id, finish_reason="cancelled"))
-        else:
-            for start in [start for start in self._waiting if start.id == request_id]:
-                self._waiting.remove(start)
-                self._send(Finished(id=request_id, finish_reason="cancelled"))
+            return
+        for answer in self._answers.values():
+            if answer.id == request_id:
+                generation = answer.generation
+                self._emit(answer, generation.cancel(), generation.submodel.name)
+                return
 
     def _retain(self, submodel: Submodel) -> None:
         shrinks = (
@@ -263,58 +227,44 @@ class Worker:
         self._graphs.retain(submodel)
 
     def _set_submodel(self, command: SetSubmodel) -> None:
-        """Change the running answer and those that wait; an unknown name is the daemon's bug."""
+        """Change running answers and those that wait; an unknown name is the daemon's bug."""
         submodel = self._graphs.bundle.manifest.submodel(command.submodel)
-        if self._running and command.id in (None, self._running[0]):
-            self._running[1].submodel = submodel
-        if self._reading and command.id in (None, self._reading.start.id):
-            start = self._reading.start.model_copy(update={"submodel": submodel.name})
-            self._reading = replace(self._reading, start=start)
-        for index, start in enumerate(self._waiting):
-            if command.id in (None, start.id):
-                self._waiting[index] = start.model_copy(update={"submodel": submodel.name})
+        for answer in self._answers.values():
+            if command.id in (None, answer.id):
+                answer.generation.submodel = submodel
+        self._admission.set_submodel(submodel.name, command.id)
 
-    def _emit(self, request_id: str, generation: Generation, piece: str, submodel: str) -> None:
-        self.submodel = submodel
+    def _emit(self, answer: _Answer, piece: str, submodel: str) -> None:
+        """Tell the daemon what is new of an answer, and let it go if it has ended."""
+        generation = answer.generation
+        if answer.first_token is None and not generation.prefilling:
+            answer.first_token = self._clock()
         if piece:
             self._send(
                 Delta(
-                    id=request_id,
+                    id=answer.id,
                     text=piece,
                     completion_tokens=generation.completion_tokens,
                     submodel=submodel,
                 )
             )
-        if generation.finish_reason is None or self._running is None:
+        if generation.finish_reason is None:
             return
-        self._measure(generation)
         self._send(
             Finished(
-                id=request_id,
+                id=answer.id,
                 text=generation.text,
                 finish_reason=generation.finish_reason,
                 prompt_tokens=generation.prompt_tokens,
                 completion_tokens=generation.completion_tokens,
                 cached_tokens=generation.cached_tokens,
+                guessed_tokens=generation.guessed_tokens,
                 switches=tuple(generation.switches),
-                timings=Timings(
-                    encode_ms=1000 * self._running[2],
-                    prefill_ms=1000 * generation.prefill_seconds,
-                    decode_ms=1000 * generation.decode_seconds,
-                ),
+                timings=answer.timings(self._clock()),
             )
         )
-        self._running = None
-
-    def _measure(self, generation: Generation) -> None:
-        prefill, decode = self._rates
-        if generation.prefill_seconds and not generation.prefilling:
-            read = generation.prompt_tokens - generation.cached_tokens
-            prefill = read / generation.prefill_seconds
-        # The first token comes out of the prefill.
-        if generation.completion_tokens > 1 and generation.decode_seconds:
-            decode = (generation.completion_tokens - 1) / generation.decode_seconds
-        self._rates = (prefill, decode)
+        del self._answers[generation]
+        self._scheduler.remove(generation)
 
 
 def serve(channel: socket.socket, bundle_path: Path, options: EngineOptions) -> int:

@@ -48,7 +48,8 @@ Case = tuple[EncodedPrompt, str]  # and the command that it should give
 
 def answer(graphs: Graphs, prompt: Prompt, submodel: Submodel, encoded: EncodedPrompt) -> str:
     """Return the greedy answer to one request."""
-    generation = Generation(graphs, prompt.tokenizer, encoded, GREEDY, submodel, CONTEXT, CONTEXT)
+    cache = graphs.new_cache(CONTEXT)
+    generation = Generation(graphs, prompt.tokenizer, encoded, GREEDY, submodel, cache, CONTEXT)
     while generation.finish_reason is None:
         generation.step()
     return generation.text

@@ -1,4 +1,4 @@
-"""Fixtures: a tiny random checkpoint and its int8 bundle, made once a session, without torch."""
+"""Fixtures: a tiny random checkpoint and its bundles, made once a session, without torch."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     destination = tmp_path_factory.mktemp("tiny_bundle") / "bundle"
     return convert(str(tiny_checkpoint), destination, ConvertOptions(), io.StringIO())
+
+
+@pytest.fixture(scope="session")
+def exact_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny bundle in float32: one row and many rows give the same logits but for 1e-6."""
+    destination = tmp_path_factory.mktemp("exact_bundle") / "bundle"
+    return convert(str(tiny_checkpoint), destination, ConvertOptions(bits=32), io.StringIO())
 
 
 @pytest.fixture(scope="session")

@@ -188,7 +188,7 @@ def small_manifest(encoders: bool = False) -> Manifest:
     }
     return Manifest.model_validate(
         {
-            "format_version": 1,
+            "format_version": 2,
             "name": "fake",
             "source": {"checkpoint": "none", "architecture": "gemma3n", "converter": "test"},
             "model": {

@@ -1,0 +1,64 @@
+"""Which tokens the cache of a sliding layer holds: pure arithmetic, no buffers.
+
+Such a cache holds the tokens [start, length) of its sequence in its rows [0, length - start). A new
+token sees itself and the `size` - 1 tokens before it, so nothing older is needed ever again, unless
+the sequence is cut back. The decoder graph is told `length - start` and works positions out from
+`length`; it cannot notice rows that are missing. So what may run and what may be cut back is
+decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The shape of a sliding layer's cache.
+
+    Attributes:
+        size: tokens that a token sees, itself among them; the model's `sliding_window`.
+        capacity: rows of the cache.
+    """
+
+    size: int
+    capacity: int
+
+    @classmethod
+    def of(cls, size: int, context_length: int, prefill_chunk: int | None) -> Window:
+        """Return the cache of a session of `context_length` that reads `prefill_chunk` a step.
+
+        With None, it has room for the whole session. A margin of a quarter of the window keeps
+        small what a token pays for moving rows.
+        """
+        if prefill_chunk is None:
+            return cls(size, context_length)
+        return cls(size, min(context_length, size - 1 + max(prefill_chunk, size // 4)))
+
+    @property
+    def most_rows(self) -> int:
+        """New tokens that a step may bring at any length of the sequence."""
+        return self.capacity - self.size + 1
+
+    def start_for(self, start: int, length: int, rows: int) -> int:
+        """Return the first token to keep so that `rows` more fit behind the token `length` - 1.
+
+        Where that is not `start`, rows [result - start, length - start) have to move to the front.
+        As few as possible are kept, so they move once in `most_rows` tokens.
+
+        Raises:
+            ValueError: more rows than a step may bring, or `start` lacks what the first one sees.
+        """
+        if rows > self.most_rows and length + rows > self.capacity:
+            raise ValueError(f"{rows} tokens in one step, at most {self.most_rows} fit a window")
+        if not self.holds(start, length):
+            raise ValueError(
+                f"tokens before {start} are gone, the next token at {length} sees some"
+            )
+        if length - start + rows <= self.capacity:
+            return start
+        return max(start, length - self.size + 1)
+
+    def holds(self, start: int, length: int) -> bool:
+        """Whether a sequence cut to `length` can go on with a cache that begins at `start`."""
+        return start <= max(0, length - self.size + 1)
