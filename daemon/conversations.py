@@ -15,7 +15,7 @@ from nestd.bundle.errors import TooLarge
 from nestd.daemon.engine.messages import ChatMessage, media_of
 from nestd.daemon.media_store import MediaStore
 from nestd.daemon.mqtt.contract import ConversationTurn
-from nestd.daemon.requests import RequestRecord
+from nestd.daemon.requests import RequestRecord, conversation_of
 
 Key = tuple[str, str]
 
@@ -60,7 +60,7 @@ class Conversations:
         """
         self._expire(now)
         record.prompt = new = record.messages
-        known = self._known.get(key) if (key := _key(record)) is not None else None
+        known = self._known.get(key) if (key := conversation_of(record)) is not None else None
         if known is None:
             return
         before = known.messages
@@ -78,7 +78,7 @@ class Conversations:
 
     def answered(self, record: RequestRecord, text: str, now: float) -> ConversationTurn | None:
         """Keep the record's conversation with its answer; None if it belongs to none."""
-        key = _key(record)
+        key = conversation_of(record)
         if key is None:
             return None
         known = self._known.pop(key, None)
@@ -99,12 +99,6 @@ class Conversations:
             if now - conversation.used < self._most_seconds:
                 return
             del self._known[key]
-
-
-def _key(record: RequestRecord) -> Key | None:
-    if record.request is None or record.request.conversation is None:
-        return None
-    return (record.client, record.request.conversation)
 
 
 def _characters(message: ChatMessage) -> int:

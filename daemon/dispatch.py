@@ -14,6 +14,7 @@ from nestd.bundle.errors import (
 )
 from nestd.bundle.manifest import Manifest
 from nestd.daemon.conversations import Conversations
+from nestd.daemon.elastic.answer_energy import Share
 from nestd.daemon.elastic.governor import Governor
 from nestd.daemon.engine.messages import (
     Cancel,
@@ -42,7 +43,10 @@ DEADLY_ATTEMPTS = 3
 
 
 class Dispatch:
-    """Starts requests on the engine, one at a time, and turns its events into replies."""
+    """Starts requests on the engine, as many as the plan allows, and turns its events into replies.
+
+    A request whose engine has died runs alone from then on: if it dies again, it is to blame.
+    """
 
     def __init__(
         self,
@@ -66,10 +70,12 @@ class Dispatch:
         self.stats: Stats | None = None
 
     def start_next(self, now: float) -> None:
-        """Give the engine the next request if it has none."""
-        while self._supervisor.state == "ready" and not self._book.running:
+        """Give the engine the next requests, as far as it may run more."""
+        while self._supervisor.state == "ready" and self._may_run_more():
             record = self._book.next_waiting()
             if record is None or record.request is None:
+                return
+            if record.deaths and self._book.running:
                 return
             request = record.request
             record.energy = self._governor.energy(now)
@@ -109,15 +115,16 @@ class Dispatch:
                 if record.request is not None and record.request.stream:
                     self._replies.delta(record, event)
         elif isinstance(event, Finished | Failed):
+            energy = self._governor.energy(now)
             record = self._book.leave_engine(event.id)
             if record is not None and record.state == "running":
-                self._conclude(record, event, now)
+                self._conclude(record, event, energy, now)
         elif isinstance(event, Stats):
             self.stats = event
         elif isinstance(event, Ready):
             self._governor.engine_ready()
         elif isinstance(event, Exited):
-            self._engine_died(event)
+            self._engine_died(event, now)
         elif isinstance(event, LoadFailed) and self._supervisor.degraded is not None:
             self.refuse_waiting()
 
@@ -146,7 +153,16 @@ class Dispatch:
             return None
         return Loading(f"the engine cannot load the bundle: {reason}", retry_after_ms=60_000)
 
-    def _conclude(self, record: RequestRecord, event: Finished | Failed, now: float) -> None:
+    def _may_run_more(self) -> bool:
+        running = self._book.running
+        if any(record.deaths for record in running):
+            return False
+        # While the plan refuses, its requests are answered one by one with the reason.
+        return len(running) < max(1, self._governor.plan.concurrency.value)
+
+    def _conclude(
+        self, record: RequestRecord, event: Finished | Failed, energy: Share, now: float
+    ) -> None:
         if isinstance(event, Failed):
             retryable = event.code == InsufficientMemory.code
             after = self._governor.retry_after_ms(event.code) if retryable else None
@@ -154,18 +170,21 @@ class Dispatch:
         elif event.finish_reason == "cancelled":
             self._replies.error(record, Cancelled("the engine was told to drop the request"))
         else:
-            joules = self._governor.answered(record, event.completion_tokens, now)
+            joules = self._governor.answered(record, event.completion_tokens, energy)
             turn = self._conversations.answered(record, event.text, now)
             tools = chosen_tools(record.request) if record.request else ()
             self._replies.done(record, event, joules, call_of(event.text, tools), turn, now)
-            self._intake.answered_in((now - (record.started or now)) * 1000)
+            # A place becomes free after each of those that run side by side.
+            side_by_side = len(self._book.running) + 1
+            self._intake.answered_in((now - (record.started or now)) * 1000 / side_by_side)
 
     def _end_early(self, record: RequestRecord) -> None:
         if record.engine_id is not None:
             self._supervisor.send(Cancel(id=record.engine_id))
 
-    def _engine_died(self, event: Exited) -> None:
+    def _engine_died(self, event: Exited, now: float) -> None:
         self.stats = None
+        self._governor.energy(now)
         for record in self._book.running:
             if record.engine_id is not None:
                 self._book.leave_engine(record.engine_id)

@@ -88,7 +88,7 @@ class Intake:
             self._replies.error(record, Cancelled("the client cancelled the request"))
 
     def answered_in(self, milliseconds: float) -> None:
-        """Learn how long an answer takes, for `retry_after_ms`."""
+        """Learn after how long a place becomes free, for `retry_after_ms`."""
         old = self._answer_ms if self._answer_ms is not None else milliseconds
         self._answer_ms = 0.7 * old + 0.3 * milliseconds
 

@@ -78,7 +78,7 @@ class Metrics:
         self._tokens = Counter("nestd_tokens", "Tokens run.", ["kind"], registry=self.registry)
         self._submodel_seconds = Counter(
             "nestd_submodel_seconds",
-            "Seconds that a sub-model worked, prompts included.",
+            "Seconds of answers on a sub-model, prompts included; several at once count each.",
             ["submodel"],
             registry=self.registry,
         )
@@ -137,6 +137,7 @@ class Metrics:
     def _finished(self, event: Finished) -> None:
         self._tokens.labels("prompt").inc(event.prompt_tokens)
         self._tokens.labels("completion").inc(event.completion_tokens)
+        self._tokens.labels("guessed").inc(event.guessed_tokens)
         self._switches.inc(max(0, len(event.switches) - 1))
         ends = [switch.token for switch in event.switches[1:]] + [event.completion_tokens]
         for number, (switch, end) in enumerate(zip(event.switches, ends, strict=True)):

@@ -95,6 +95,7 @@ class Replies:
                 prompt_tokens=finished.prompt_tokens,
                 completion_tokens=finished.completion_tokens,
                 cached_tokens=finished.cached_tokens,
+                guessed_tokens=finished.guessed_tokens,
             ),
             timings=contract.Timings(
                 queue_ms=round((started - record.arrived) * 1000, 1),

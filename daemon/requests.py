@@ -14,7 +14,7 @@ from typing import Literal
 
 from nestd.bundle.errors import QueueFull
 from nestd.daemon.delivery import Entry, Final
-from nestd.daemon.elastic.answer_energy import EnergyMark
+from nestd.daemon.elastic.answer_energy import Share
 from nestd.daemon.elastic.plan import Choice
 from nestd.daemon.engine.messages import ChatMessage
 from nestd.daemon.mqtt.contract import Request
@@ -49,7 +49,7 @@ class RequestRecord:
         seq: number of the next event.
         wish: the sub-model that a control request asked for in place of the request's own.
         route: the sub-models that the engine was told to run this attempt on, and why each.
-        energy: the energy counter when this attempt started, where the board has one.
+        energy: an answer's share of the board's energy when this attempt started.
         refused: it ended with an error before it could wait; the client may send it again.
     """
 
@@ -72,7 +72,7 @@ class RequestRecord:
     submodel: str | None = None
     wish: str | None = None
     route: list[Choice[str]] = field(default_factory=list)
-    energy: EnergyMark | None = None
+    energy: Share | None = None
     state: Literal["waiting", "running", "ended"] = "waiting"
     refused: bool = False
     entries: list[Entry] = field(default_factory=list)
@@ -196,8 +196,13 @@ class RequestBook:
         del self._records[record.client, record.id]
 
     def next_waiting(self) -> RequestRecord | None:
-        """Return the waiting request of the highest priority, the oldest of several."""
-        return min(self._waiting, key=_rank, default=None)
+        """Return the waiting request of the highest priority, the oldest of several.
+
+        One whose conversation is being answered waits for that answer, which is part of its prompt.
+        """
+        busy = {key for record in self._running.values() if (key := conversation_of(record))}
+        free = (record for record in self._waiting if conversation_of(record) not in busy)
+        return min(free, key=_rank, default=None)
 
     def ahead_of(self, record: RequestRecord) -> int:
         """How many requests run or will run before `record`."""
@@ -268,6 +273,13 @@ class RequestBook:
         """Say whether the request was cancelled before it came in, and forget that."""
         until = [self._early_cancels.pop((who, request_id), 0.0) for who in (client, None)]
         return max(until) > now
+
+
+def conversation_of(record: RequestRecord) -> tuple[str, str] | None:
+    """Return the client and its id of the conversation that a request belongs to, or None."""
+    if record.request is None or record.request.conversation is None:
+        return None
+    return (record.client, record.request.conversation)
 
 
 def _rank(record: RequestRecord) -> tuple[int, int]:

@@ -159,11 +159,14 @@ class MetricsSettings(Section):
 
 
 class EngineSettings(Section):
-    """How the engine loads the bundle; see `EngineOptions` for the limits.
+    """How the engine loads the bundle and answers; see `EngineOptions` for the limits.
 
     Attributes:
         kv_window: caches of sliding layers hold the last tokens alone, not the whole context.
         kv_bits: width of keys and values.
+        parallel_requests: answers at once, as far as memory allows it.
+        max_stall_s: how long a chunk of another prompt may hold up answers that run.
+        prompt_lookup: guess an answer's next tokens from its prompt while it runs alone.
         session_cache_bytes: keys and values of ended answers, kept for prompts that begin alike.
         session_cache_s: how long they are kept after they were last of use.
     """
@@ -173,6 +176,9 @@ class EngineSettings(Section):
     prefill_chunk: Annotated[int, Field(ge=1, le=4096)]
     kv_window: bool = True
     kv_bits: Literal[8, 32] = 32
+    parallel_requests: Annotated[int, Field(ge=1, le=64)]
+    max_stall_s: Annotated[float, Field(gt=0, le=60)] = 0.25
+    prompt_lookup: bool = True
     session_cache_bytes: ByteSize
     session_cache_s: Seconds = 600.0
 
@@ -292,8 +298,9 @@ class Settings(Section):
         """What the engine process is started with."""
         prepared = None if self.weights == "resident" else self.state_path / "prepared"
         return EngineOptions(
-            **self.engine.model_dump(exclude={"session_cache_s"}),
+            **self.engine.model_dump(exclude={"session_cache_s", "max_stall_s"}),
             session_cache_seconds=self.engine.session_cache_s,
+            max_stall_seconds=self.engine.max_stall_s,
             prepared_directory=prepared,
             media=self.media.limits(),
             feature_cache_bytes=self.media.feature_cache_bytes,

@@ -18,7 +18,6 @@ from nestd.daemon.dispatch import Dispatch
 from nestd.daemon.elastic.cost import pareto_front
 from nestd.daemon.elastic.governor import Governor
 from nestd.daemon.elastic.limits import margin_c
-from nestd.daemon.elastic.plan import Choice
 from nestd.daemon.mqtt import node_contract
 from nestd.daemon.mqtt.packets import Message, Transport
 from nestd.daemon.mqtt.parse import JSON_TYPE, ParseLimits
@@ -30,8 +29,6 @@ from nestd.daemon.settings import Settings
 from nestd.daemon.supervisor import Supervisor
 
 QUEUE_ONLY_PAUSE_SECONDS = 1.0
-# The engine answers one request after the other, whatever memory would allow.
-SESSIONS = 1
 
 
 class Status:
@@ -131,9 +128,6 @@ class Status:
         encoders = stats.encoders if stats is not None else ()
         running = [r for r in self._book.running if r.state == "running"]
         choice = running[0].route[-1] if running else plan.submodel
-        concurrency = plan.concurrency
-        if concurrency.value > SESSIONS:
-            concurrency = Choice(SESSIONS, "the engine answers one request after the other")
         return node_contract.State(
             phase=phase,
             phase_reason=reason,
@@ -144,8 +138,8 @@ class Status:
             largest_reason=plan.largest.reason,
             context_length=plan.context_length.value,
             context_reason=plan.context_length.reason,
-            concurrency=concurrency.value,
-            concurrency_reason=concurrency.reason,
+            concurrency=plan.concurrency.value,
+            concurrency_reason=plan.concurrency.reason,
             modalities=("text", *encoders) if phase == "ready" else (),
             modalities_reason=plan.modalities.reason,
             modalities_off=self._governor.switched_off,

@@ -280,6 +280,21 @@ def test_several_long_prompts_take_turns(graphs: CountedGraphs, prompt: Prompt) 
     assert runs >= 3 * 200 // 16
 
 
+def test_nothing_is_guessed_beside_other_answers(engine: Engine) -> None:
+    text = "lamp 8 on, lamp 8 off, lamp 8 on"
+    alone = engine.alone("alone", text, max_tokens=120)
+    assert alone.guessed_tokens > 0
+    engine.start("first", text, max_tokens=120)
+    engine.start("second", HOUSE[0], "nested", **LONG)
+    engine.run(until=lambda: engine.tokens("first") > 0 < engine.tokens("second"))
+    engine.graphs.runs.clear()
+    engine.run(until=lambda: len(engine.worker._answers) == 1)
+    assert len(engine.graphs.runs) > 60
+    assert {(batch, size) for batch, size, _ in engine.graphs.runs} == {(1, 1)}
+    engine.run()
+    assert engine.finished("first").text == alone.text
+
+
 def test_a_refused_request_beside_running_ones_fails_alone(engine: Engine) -> None:
     engine.start("good", HOUSE[0])
     engine.start("bad", "x" * 600)

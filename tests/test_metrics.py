@@ -81,6 +81,7 @@ def test_answers_are_counted_with_tokens_time_and_submodel() -> None:
     assert samples["nestd_requests_done_total",] == 1
     assert samples["nestd_tokens_total", "prompt"] == 3
     assert samples["nestd_tokens_total", "completion"] == 2
+    assert samples["nestd_tokens_total", "guessed"] == 0
     assert samples["nestd_time_to_first_token_seconds_count",] == 1
     assert samples["nestd_time_to_first_token_seconds_sum",] == pytest.approx(0.2)
     assert samples["nestd_submodel_switches_total",] == 1

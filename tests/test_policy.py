@@ -6,7 +6,7 @@ from support.elastic import MANIFEST, PI5, Run, board, configure
 from nestd.bundle.errors import ConfigError, InsufficientMemory, ModelNotFound, PowerSaver
 from nestd.daemon.config import Settings
 from nestd.daemon.elastic.cost import ModelCost, pareto_front
-from nestd.daemon.elastic.plan import Plan, RequestMix
+from nestd.daemon.elastic.plan import Choice, Plan, RequestMix
 from nestd.daemon.elastic.policy import PolicyState, check_names, decide
 from nestd.daemon.elastic.resources import Snapshot
 from nestd.daemon.elastic.task import Task, choose
@@ -307,8 +307,34 @@ def test_an_encoder_that_the_owner_has_switched_off_never_comes() -> None:
 
 def test_more_sessions_run_side_by_side_while_their_cache_fits() -> None:
     config = configure("raspberry-pi-5-16gb")
-    assert first(board(free_gib=14), config).concurrency.value == 2
+    assert first(board(free_gib=14), config).concurrency == Choice(4, "as configured")
+    assert first(board(free_gib=6.5), config).concurrency == Choice(2, "no more KV cache fits")
     assert first(board(free_gib=5.6), config).concurrency.value == 1
+    one = configure("raspberry-pi-5-16gb", engine__parallel_requests=1)
+    assert first(board(free_gib=14), one).concurrency == Choice(1, "as configured")
+
+
+def test_memory_pressure_lets_one_answer_run_at_a_time_until_it_has_gone() -> None:
+    run = Run(configure("raspberry-pi-5-16gb"))
+    assert run(1, board(free_gib=14)).concurrency.value == 4
+    pressed = run(1, board(free_gib=14, some=15)).concurrency
+    assert pressed == Choice(1, "tasks wait for memory 10 % of the time")
+    fading = run(1, board(free_gib=14, some=6)).concurrency
+    assert fading == Choice(1, "memory pressure has not gone yet")
+    assert run(1, board(free_gib=14, some=1)).concurrency.value == 4
+
+
+def test_running_answers_are_counted_before_the_plan_grows_or_may_stay() -> None:
+    config = configure("raspberry-pi-5-16gb")
+    free = board(free_gib=6.2)
+    assert first(free, config).submodel.value == "E3.59B"
+    four = first(free, config, RequestMix(running=4))
+    assert four.submodel.value != "E3.59B"
+    assert "beside 4 running answers" in four.submodel.reason
+    run = Run(config)
+    run(1, free)
+    run.mix = RequestMix(running=4)
+    assert run(1, free).submodel.value != "E3.59B"
 
 
 def test_a_plan_is_plain_data_for_the_state_topic_and_does_not_flicker() -> None:

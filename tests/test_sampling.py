@@ -52,9 +52,31 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_sum() -> None:
 def test_the_lowest_and_the_highest_draw_pick_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     values = logits(3, 262144)
     sampler = Sampler(Sampling(temperature=1, top_k=0, top_p=1), [])
-    for draw, rank in ((0.0, 0), (float(np.nextafter(1.0, 0)), -1)):
+    values[[0, -1]] = -np.inf  # as a grammar does to tokens that may not come
+    for draw, token in ((0.0, 1), (float(np.nextafter(1.0, 0)), len(values) - 2)):
         monkeypatch.setattr(sampler, "_random", type("Draw", (), {"random": lambda _, d=draw: d})())
-        assert sampler.sample(values.copy()) == int(np.argsort(-values, kind="stable")[rank])
+        assert sampler.sample(values.copy()) == token
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.3, 0.9), (1.0, 0.95), (2.0, 0.6)])
+def test_top_p_of_a_large_vocabulary_equals_a_sort_of_all_of_it(
+    temperature: float, top_p: float
+) -> None:
+    values = logits(1, 50_000)
+    order = np.argsort(-values, kind="stable")
+    weights = np.exp((values[order].astype(np.float64) - values.max()) / temperature)
+    weights /= weights.sum()
+    expected = order[: np.searchsorted(np.cumsum(weights), top_p) + 1]
+    ids, found = candidates(values, temperature, 0, top_p)
+    np.testing.assert_array_equal(ids, expected)
+    np.testing.assert_allclose(found, weights[: len(ids)] / weights[: len(ids)].sum(), rtol=1e-5)
+
+
+def test_a_temperature_next_to_zero_takes_the_likeliest_token() -> None:
+    values = logits(2)
+    for top_k in (0, 5):
+        sampler = Sampler(Sampling(temperature=1e-60, top_k=top_k, seed=1), [])
+        assert sampler.sample(values.copy()) == int(values.argmax())
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -29,7 +29,12 @@ def test_a_request_is_accepted_run_and_answered(node: Node) -> None:
     done = node.last()
     assert done["text"] == "hello"
     assert done["submodel"] == "full"
-    assert done["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": 0}
+    assert done["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 2,
+        "cached_tokens": 0,
+        "guessed_tokens": 0,
+    }
     assert done["joules"] is None
     assert node.transport.acknowledged == [mid]
 

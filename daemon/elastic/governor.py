@@ -28,7 +28,7 @@ from typing import Literal, Protocol
 
 from nestd.bundle.errors import ModalityUnavailable, RequestError
 from nestd.bundle.manifest import Manifest, Modality
-from nestd.daemon.elastic.answer_energy import AnswerEnergy, EnergyMark, mark
+from nestd.daemon.elastic.answer_energy import AnswerEnergy, Share, mark
 from nestd.daemon.elastic.cost import ENCODERS, ModelCost
 from nestd.daemon.elastic.limits import Limits
 from nestd.daemon.elastic.plan import Choice, Plan, RequestMix
@@ -262,15 +262,15 @@ class Governor:
             raise self._missing(modality)
         return self.plan.modalities
 
-    def energy(self, now: float) -> EnergyMark | None:
-        """Return the energy counter, from a fresh snapshot."""
+    def energy(self, now: float) -> Share:
+        """Return one answer's share of the energy; call it before an answer begins or ends."""
         if now - self.snapshot.time >= FRESH_SECONDS:
             self.observe(now)
-        return mark(self.snapshot, now)
+        return self._energy.advance(mark(self.snapshot, now), len(self._book.running))
 
-    def answered(self, record: RequestRecord, tokens: int, now: float) -> float | None:
+    def answered(self, record: RequestRecord, tokens: int, end: Share) -> float | None:
         """Take note of an answer's end and return its joules; None: the board cannot tell."""
-        return self._energy.add(record.energy, self.energy(now), tokens)
+        return self._energy.add(record.energy, end, tokens)
 
     def close(self) -> None:
         """Watch the board no longer."""
@@ -294,7 +294,13 @@ class Governor:
         unload: frozenset[Modality] = frozenset(),
     ) -> None:
         before = self._state.plan
-        mix = RequestMix(self._wanted() | wanted, self._owner, self._disabled, unload)
+        mix = RequestMix(
+            self._wanted() | wanted,
+            self._owner,
+            self._disabled,
+            unload,
+            running=len(self._book.running),
+        )
         self._state = decide(self.snapshot, self._settings, self._manifest, mix, self._state)
         if self.plan == before:
             return

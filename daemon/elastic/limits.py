@@ -132,14 +132,15 @@ def limits(
     cost: ModelCost,
     latches: Latches,
     encoders: Collection[Modality],
+    sessions: int = 1,
 ) -> Limits:
-    """Return what `snapshot` forbids; `encoders` must fit beside the decoder."""
+    """Return what `snapshot` forbids; encoders and sessions must fit beside the decoder."""
     smallest = cost.stage_of_rung(0)
     thrashing = []
     if latches.thrash_until is not None:
         why = "the board is out of memory (PSI full, or an OOM kill)"
         thrashing.append(Ceiling(smallest, why))
-    memory_hard = _memory_ceiling(snapshot.memory, elastic, cost, encoders, 0)
+    memory_hard = _memory_ceiling(snapshot.memory, elastic, cost, encoders, sessions, 0)
     power_hard = _power_ceilings(elastic, cost, latches)
     hard = [_cap(elastic, cost), *memory_hard, *power_hard, *thrashing]
 
@@ -148,24 +149,18 @@ def limits(
     soft = [top, *saver]
 
     margin = elastic.memory.grow_margin_bytes
-    memory_grow = _memory_ceiling(snapshot.memory, elastic, cost, encoders, margin)
-    memory_trouble, power_trouble = (
-        _memory_trouble(snapshot, elastic),
-        _power_trouble(snapshot, elastic),
-    )
-    memory_hold, power_hold = (
-        _near_memory_trouble(snapshot, elastic),
-        _near_power_trouble(snapshot, elastic),
-    )
+    memory_grow = _memory_ceiling(snapshot.memory, elastic, cost, encoders, sessions, margin)
+    troubles = memory_trouble(snapshot, elastic), _power_trouble(snapshot, elastic)
+    holds = near_memory_trouble(snapshot, elastic), _near_power_trouble(snapshot, elastic)
     return Limits(
         hard=_lowest(hard),
         soft=_lowest(soft),
         grow=_lowest([*hard, *soft, *memory_grow]),
         floor=smallest,
-        trouble=memory_trouble or power_trouble,
-        hold=memory_hold or power_hold,
-        power=_told(power_hard, power_trouble, saver, power_hold),
-        memory=_told(thrashing, memory_trouble, [*memory_hard, *memory_grow], memory_hold),
+        trouble=troubles[0] or troubles[1],
+        hold=holds[0] or holds[1],
+        power=_told(power_hard, troubles[1], saver, holds[1]),
+        memory=_told(thrashing, troubles[0], [*memory_hard, *memory_grow], holds[0]),
     )
 
 
@@ -231,23 +226,25 @@ def _memory_ceiling(
     elastic: ElasticSettings,
     cost: ModelCost,
     encoders: Collection[Modality],
+    sessions: int,
     margin: int,
 ) -> list[Ceiling]:
     available = budget(memory, elastic)
     if available is None:
         return [Ceiling(cost.stage_of_rung(0), "the board does not tell how much memory is free")]
-    stage = cost.largest_stage(available - margin, encoders)
+    stage = cost.largest_stage(available - margin, encoders, sessions)
     if stage < 0:
         # Answering something, however small, is no growth that could wait for a margin.
-        stage = min(0, cost.largest_stage(available, encoders))
+        stage = min(0, cost.largest_stage(available, encoders, sessions))
     if stage == len(cost.stages) - 1:
         return []
-    beside = f" beside {' and '.join(sorted(encoders))}" if encoders else ""
+    others = [*sorted(encoders), *([f"{sessions} running answers"] if sessions > 1 else [])]
+    beside = f" beside {' and '.join(others)}" if others else ""
     why = "in the memory that is free" if not margin else "in memory with the margin for growing"
     return [Ceiling(stage, f"no more fits{beside} {why}")]
 
 
-def _memory_trouble(snapshot: Snapshot, elastic: ElasticSettings) -> str | None:
+def memory_trouble(snapshot: Snapshot, elastic: ElasticSettings) -> str | None:
     """Return why memory makes a step down due."""
     some = snapshot.memory.pressure_some_percent
     if some is not None and some >= elastic.memory.pressure_percent:
@@ -271,7 +268,8 @@ def _power_trouble(snapshot: Snapshot, elastic: ElasticSettings) -> str | None:
     return None
 
 
-def _near_memory_trouble(snapshot: Snapshot, elastic: ElasticSettings) -> str | None:
+def near_memory_trouble(snapshot: Snapshot, elastic: ElasticSettings) -> str | None:
+    """Return why memory forbids growing."""
     some = snapshot.memory.pressure_some_percent
     if some is not None and some >= elastic.memory.pressure_percent / 2:
         return "memory pressure has not gone yet"

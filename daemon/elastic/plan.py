@@ -83,6 +83,7 @@ class RequestMix:
         wanted: encoders that one of them needs.
         disabled: encoders that the owner has forbidden (control topic).
         unload: encoders that the owner wants gone now, unless they are needed.
+        running: answers that run now.
         preference: the owner's sub-model (control topic or configuration), or `auto`.
     """
 
@@ -90,3 +91,4 @@ class RequestMix:
     preference: str = "auto"
     disabled: frozenset[Modality] = frozenset()
     unload: frozenset[Modality] = frozenset()
+    running: int = 0

@@ -24,7 +24,16 @@ from dataclasses import dataclass, field, replace
 from nestd.bundle.errors import ConfigError, ModelNotFound
 from nestd.bundle.manifest import Manifest, Modality, Submodel
 from nestd.daemon.elastic.cost import ENCODERS, ModelCost, Stage
-from nestd.daemon.elastic.limits import Latches, Limits, budget, cap_params, latch, limits
+from nestd.daemon.elastic.limits import (
+    Latches,
+    Limits,
+    budget,
+    cap_params,
+    latch,
+    limits,
+    memory_trouble,
+    near_memory_trouble,
+)
 from nestd.daemon.elastic.plan import Choice, Plan, Refusal, RequestMix
 from nestd.daemon.elastic.resources import Snapshot
 from nestd.daemon.elastic.settings import PaceSettings
@@ -99,12 +108,15 @@ def decide(
     encoders = _encoders(snapshot, settings, cost, mix, state, last_wanted)
 
     # 2. The stage that the board allows.
-    bounds = limits(snapshot, elastic, cost, latches, encoders.value)
+    sessions = max(1, mix.running)
+    bounds = limits(snapshot, elastic, cost, latches, encoders.value, sessions)
     pace = _move(state.pace, bounds, elastic.pace, now)
 
     # 3. What follows from it.
     preferred = None if mix.preference == "auto" else manifest.submodel(mix.preference)
-    plan = _plan(snapshot, settings, cost, bounds, pace, latches, encoders, preferred, state.plan)
+    plan = _plan(
+        snapshot, settings, cost, bounds, pace, latches, encoders, preferred, sessions, state.plan
+    )
     return PolicyState(plan, pace, latches, last_wanted, bounds)
 
 
@@ -183,7 +195,8 @@ def _encoders(
             reasons.append(f"the owner has switched {modality} off")
             continue
         with_it = [*keep, modality]
-        fits = free is None or cost.bytes_of(cost.stages[0], with_it) <= free
+        sessions = max(1, mix.running)
+        fits = free is None or cost.bytes_of(cost.stages[0], with_it, sessions) <= free
         if modality in mix.wanted:
             if fits:
                 keep.append(modality)
@@ -216,6 +229,7 @@ def _plan(
     latches: Latches,
     encoders: Choice[tuple[Modality, ...]],
     preferred: Submodel | None,
+    sessions: int,
     before: Plan | None,
 ) -> Plan:
     assert pace.stage is not None
@@ -237,7 +251,7 @@ def _plan(
         )
     stage = cost.stages[pace.stage]
     short = stage.context_length < full
-    largest = _largest(snapshot, settings, cost, pace.stage, encoders.value, why, before)
+    largest = _largest(snapshot, settings, cost, pace.stage, encoders.value, sessions, why, before)
     biggest = Stage(largest.value, stage.context_length)
     return Plan(
         submodel=_default(settings, cost, stage.submodel, largest, preferred, why),
@@ -303,6 +317,7 @@ def _largest(
     cost: ModelCost,
     stage: int,
     encoders: tuple[Modality, ...],
+    sessions: int,
     why: str,
     before: Plan | None,
 ) -> Choice[Submodel]:
@@ -319,7 +334,7 @@ def _largest(
     for item in reversed(cost.submodels):
         if item.effective_params <= rung.effective_params:
             break
-        need = cost.bytes_of(Stage(item, settings.engine.context_length), encoders)
+        need = cost.bytes_of(Stage(item, settings.engine.context_length), encoders, sessions)
         stays = before is not None and before.largest.value == item.name
         margin = 0 if stays else settings.elastic.memory.grow_margin_bytes
         if item.effective_params <= cap and need <= free - margin:
@@ -335,23 +350,28 @@ def _concurrency(
     encoders: tuple[Modality, ...],
     before: Plan | None,
 ) -> Choice[int]:
-    memory = settings.elastic.memory
-    free = budget(snapshot.memory, settings.elastic)
-    if memory.max_concurrency == 1 or free is None:
+    elastic, configured = settings.elastic, settings.engine.parallel_requests
+    free = budget(snapshot.memory, elastic)
+    if configured == 1 or free is None:
         return Choice(1, "as configured" if free is not None else "free memory is unknown")
+    trouble = memory_trouble(snapshot, elastic)
+    if trouble is not None:
+        return Choice(1, trouble)
 
     def fitting(available: int) -> int:
         return max(
             (
                 count
-                for count in range(1, memory.max_concurrency + 1)
+                for count in range(1, configured + 1)
                 if cost.bytes_of(stage, encoders, count) <= available
             ),
             default=1,
         )
 
-    most, with_margin = fitting(free), fitting(free - memory.grow_margin_bytes)
+    most, with_margin = fitting(free), fitting(free - elastic.memory.grow_margin_bytes)
     now = before.concurrency.value if before else 0
-    count = max(1, min(most, max(now, with_margin)))
-    why = "as configured" if count == memory.max_concurrency else "no more KV cache fits"
-    return Choice(count, why)
+    hold = near_memory_trouble(snapshot, elastic) if now else None
+    count = max(1, min(most, now if hold else max(now, with_margin)))
+    if count == configured:
+        return Choice(count, "as configured")
+    return Choice(count, hold if hold and count < with_margin else "no more KV cache fits")

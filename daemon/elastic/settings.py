@@ -23,7 +23,6 @@ class MemorySettings(Section):
         overhead_bytes: private memory of both processes besides weights and KV cache.
         encoder_overhead_bytes: working memory of an encoder while it runs, besides its weights.
         min_context_length: tokens below which shrinking the context makes no sense.
-        max_concurrency: sessions that may be answered side by side.
         pressure_percent: PSI `some avg10` from which the plan shrinks step by step.
         pressure_full_percent: PSI `full avg10` from which it shrinks to the smallest at once.
         encoder_unload_s: an encoder unused for so long is unloaded.
@@ -34,7 +33,6 @@ class MemorySettings(Section):
     overhead_bytes: ByteSize
     encoder_overhead_bytes: ByteSize
     min_context_length: Annotated[int, Field(ge=16, le=131072)]
-    max_concurrency: Annotated[int, Field(ge=1, le=64)]
     pressure_percent: Percent
     pressure_full_percent: Percent
     encoder_unload_s: Seconds

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -99,7 +100,8 @@ class KVCaches:
                 self.buffers[name] = _zero_pages(shape, np.float32 if kv_bits == 32 else np.int8)
                 if model.slides(layer):
                     self.sliding.add(name)
-        self._owners: list[KVCache | None] = [None] * slots
+        # Weak, or the two would keep each other's memory alive.
+        self._owners: WeakValueDictionary[int, KVCache] = WeakValueDictionary()
         self._views: dict[tuple[int, int], View] = {}
 
     def new(self) -> KVCache:
@@ -108,9 +110,9 @@ class KVCaches:
         Raises:
             ValueError: all slots are taken.
         """
-        if None not in self._owners:
+        slot = next((slot for slot in range(self.slots) if slot not in self._owners), None)
+        if slot is None:
             raise ValueError(f"all {self.slots} slots of the KV cache are taken")
-        slot = self._owners.index(None)
         cache = self._owners[slot] = KVCache(self, slot)
         return cache
 
@@ -126,13 +128,13 @@ class KVCaches:
             inside = range(first, first + count)
             return sum(
                 1 + owner.length
-                for owner in self._owners
-                if owner is not None and (owner.slot in inside) != (owner in wanted)
+                for owner in self._owners.values()
+                if (owner.slot in inside) != (owner in wanted)
             )
 
         first = min(range(self.slots - count + 1), key=moved)
         inside = range(first, first + count)
-        strangers = [slot for slot in inside if self._owners[slot] not in wanted]
+        strangers = [slot for slot in inside if self._owners.get(slot) not in wanted]
         for slot in strangers:
             outside = next(item for item in sequences if item.slot not in inside)
             self._exchange(outside.slot, slot)
@@ -140,7 +142,7 @@ class KVCaches:
 
     def free(self, cache: KVCache) -> None:
         """Give the slot of `cache` and its memory back."""
-        self._owners[cache.slot] = None
+        del self._owners[cache.slot]
         self._discard(cache.slot)
 
     def bytes_of(self, tokens: int) -> int:
@@ -159,23 +161,21 @@ class KVCaches:
         return view
 
     def _exchange(self, one: int, other: int) -> None:
-        """Let what is in slot `one` and what is in slot `other`, if anything, change places."""
-        owners = self._owners
-        here, there = owners[one], owners[other]
+        """Let the sequence in slot `one` and what is in slot `other`, if any, change places."""
+        here, there = self._owners.pop(one), self._owners.pop(other, None)
         for name, buffer in self.buffers.items():
             kept = None if there is None else buffer[other, :, : self.rows_of(name, there)].copy()
-            if here is not None:
-                rows = self.rows_of(name, here)
-                buffer[other, :, :rows] = buffer[one, :, :rows]
+            rows = self.rows_of(name, here)
+            buffer[other, :, :rows] = buffer[one, :, :rows]
             if kept is not None:
                 buffer[one, :, : kept.shape[1]] = kept
-        owners[one], owners[other] = there, here
-        for slot in (one, other):
-            owner = owners[slot]
-            if owner is None:
-                self._discard(slot)
-            else:
-                owner.slot = slot
+        here.slot = other
+        self._owners[other] = here
+        if there is None:
+            self._discard(one)
+        else:
+            there.slot = one
+            self._owners[one] = there
 
     def _discard(self, slot: int) -> None:
         """Give the pages of a slot back to the kernel; they are zeros when they are next read."""

@@ -138,7 +138,8 @@ class Scheduler:
 
     def _decode(self, group: list[Generation], submodel: str) -> list[Progress]:
         before, began = _chosen(group), self._clock()
-        pieces = decode(self._graphs, group)
+        # Guesses would hold up whoever else runs.
+        pieces = decode(self._graphs, group, guess=len(self.running) == 1)
         self.decode.add(_chosen(group) - before, self._clock() - began)
         return [Progress(item, piece, submodel) for item, piece in zip(group, pieces, strict=True)]
 

@@ -165,11 +165,16 @@ class Delta(ContractModel):
 
 
 class Usage(ContractModel):
-    """Tokens of the prompt and of the answer; `cached_tokens` of the prompt were not read again."""
+    """Tokens of the prompt and of the answer.
+
+    `cached_tokens` of the prompt were not read again; `guessed_tokens` of the answer were guessed
+    from what came before and needed no step of their own.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    guessed_tokens: int = 0
 
 
 class Timings(ContractModel):

@@ -25,12 +25,15 @@ REPLY = "clients/me/replies"
 
 
 def settings_for_tests(**overrides: object) -> Settings:
-    """Settings of the generic profile, node `node`; keys are dotted with `__` for the dot."""
+    """Settings of the generic profile, node `node`, one answer at a time unless told otherwise.
+
+    Keys are dotted, with `__` for the dot.
+    """
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
     return load_settings(
         config=None,
         profile="generic",
-        overrides={"node": "node", "limits.queue": 3} | dotted,
+        overrides={"node": "node", "limits.queue": 3, "engine.parallel_requests": 1} | dotted,
         environ={},
         root=Path("/nonexistent"),
     )
