@@ -122,6 +122,16 @@ def test_a_window_always_holds_what_the_next_token_sees(size: int, spare: int) -
             length += rows
 
 
+def test_a_sequence_can_always_be_cut_back_by_a_quarter_of_the_margin() -> None:
+    window = Window(16, 16 + 19)
+    for chunk in range(1, window.most_rows + 1):
+        start = length = 0
+        for rows in [chunk] * 9 + [1] * 100:
+            start, before = window.start_for(start, length, rows), length
+            length += rows
+            assert window.holds(start, min(before, length - window.most_rows // 4))
+
+
 def test_what_has_left_the_window_cannot_be_gone_back_to() -> None:
     window = Window(16, 20)
     assert window.holds(0, 3)

@@ -44,7 +44,9 @@ class Window:
         """Return the first token to keep so that `rows` more fit behind the token `length` - 1.
 
         Where that is not `start`, rows [result - start, length - start) have to move to the front.
-        As few as possible are kept, so they move once in `most_rows` tokens.
+        What the new tokens see is kept, and where there is room a quarter of the margin more, so
+        that a sequence can be cut back a little later on: a chat's next turn may spell the end of
+        its last one otherwise. Single tokens make rows move once in three quarters of the margin.
 
         Raises:
             ValueError: more rows than a step may bring, or `start` lacks what the first one sees.
@@ -57,7 +59,9 @@ class Window:
             )
         if length - start + rows <= self.capacity:
             return start
-        return max(start, length - self.size + 1)
+        seen = self.size - 1
+        kept = max(seen, min(seen + self.most_rows // 4, self.capacity - rows))
+        return max(start, length - kept)
 
     def holds(self, start: int, length: int) -> bool:
         """Whether a sequence cut to `length` can go on with a cache that begins at `start`."""
