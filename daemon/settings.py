@@ -162,11 +162,11 @@ class EngineSettings(Section):
     """How the engine loads the bundle and answers; see `EngineOptions` for the limits.
 
     Attributes:
-        kv_window: caches of sliding layers hold the last tokens alone, not the whole context.
-        kv_bits: width of keys and values.
         parallel_requests: answers at once, as far as memory allows it.
         max_stall_s: how long a chunk of another prompt may hold up answers that run.
         prompt_lookup: guess an answer's next tokens from its prompt while it runs alone.
+        kv_window: caches of sliding layers hold the last tokens alone, not the whole context.
+        kv_bits: width of keys and values.
         session_cache_bytes: keys and values of ended answers, kept for prompts that begin alike.
         session_cache_s: how long they are kept after they were last of use.
     """
@@ -174,11 +174,11 @@ class EngineSettings(Section):
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     context_length: Annotated[int, Field(ge=16, le=131072)]
     prefill_chunk: Annotated[int, Field(ge=1, le=4096)]
-    kv_window: bool = True
-    kv_bits: Literal[8, 32] = 32
     parallel_requests: Annotated[int, Field(ge=1, le=64)]
     max_stall_s: Annotated[float, Field(gt=0, le=60)] = 0.25
     prompt_lookup: bool = True
+    kv_window: bool = True
+    kv_bits: Literal[8, 32] = 32
     session_cache_bytes: ByteSize
     session_cache_s: Seconds = 600.0
 

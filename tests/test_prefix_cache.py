@@ -27,13 +27,13 @@ SYSTEM = "You run a house of many rooms and answer in few words, always politely
 
 
 @pytest.fixture(scope="module")
-def graphs(tiny_bundle: Bundle) -> Graphs:
-    return Graphs(tiny_bundle, EngineOptions(threads=1))
+def graphs(exact_bundle: Bundle) -> Graphs:
+    return Graphs(exact_bundle, EngineOptions(threads=1))
 
 
 @pytest.fixture(scope="module")
-def prompt(tiny_bundle: Bundle) -> Prompt:
-    return Prompt(tiny_bundle)
+def prompt(exact_bundle: Bundle) -> Prompt:
+    return Prompt(exact_bundle)
 
 
 class Engine:
