@@ -97,6 +97,15 @@ def test_wrong_guesses_are_cut_off_at_any_length(
         batch.cut(0, at + 1)
 
 
+def test_several_tokens_of_several_sequences_at_once_are_an_error_not_a_wrong_answer(
+    decoder: Decoder, ids: Any
+) -> None:
+    batch = decoder.batch(2, CONTEXT)
+    batch.step(ids[:2, :1])
+    with pytest.raises(Exception, match="batch_size must be 1"):
+        batch.step(ids[:2, 1:3], 2)
+
+
 def test_a_step_that_the_window_cannot_hold_is_refused() -> None:
     window = Window(16, 20)
     assert window.most_rows == 5
