@@ -200,7 +200,10 @@ class RequestBook:
 
         One whose conversation is being answered waits for that answer, which is part of its prompt.
         """
-        busy = {key for record in self._running.values() if (key := conversation_of(record))}
+        if not self._waiting:
+            return None
+        answered_now = (r for r in self._records.values() if r.state == "running")
+        busy = {key for record in answered_now if (key := conversation_of(record))}
         free = (record for record in self._waiting if conversation_of(record) not in busy)
         return min(free, key=_rank, default=None)
 
