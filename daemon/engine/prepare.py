@@ -40,6 +40,7 @@ GRAPH = "decoder.onnx"
 DATA = "decoder.data"
 PARTS = "parts.json"
 ORIGINALS = "originals"
+ROWS = "rows"
 # Bytes on disk per byte of weights: originals, rearranged copies, and alignment.
 GROWTH = 2.2
 # The same while the decoder's other form lies beside them.
@@ -75,7 +76,8 @@ def prepared_decoder(
 def needed_bytes(bundle: Bundle) -> int:
     """Return how much disk the preparation of the decoder takes on this CPU."""
     growth = GROWTH if detect().blockwise_int8 else GROWTH_PER_CHANNEL
-    return int(growth * bundle.manifest.submodels[-1].decoder_bytes)
+    sections = bundle.manifest.sections
+    return int(growth * (sections["decoder"] + sections["embed_tokens"]))
 
 
 def prepared_encoder(bundle: Bundle, graph: str, directory: Path, threads: int | None) -> Path:
@@ -179,15 +181,17 @@ def _remove_outdated(stem: str, directory: Path) -> None:
 def _parts(graph: Path, nested: int) -> dict[str, list[tuple[int, int]]]:
     """Return the (offset, bytes) regions of the data file by the part of the model they serve.
 
-    Parts are `layers.3`, `layers.3.wide`, `common`, and ORIGINALS: matrices that are only
-    compared at load time and never read again.
+    Parts are `layers.3`, `layers.3.wide`, `common`, ROWS: a table of which a few rows are read here
+    and there, and ORIGINALS: matrices that are only compared at load time and never read again.
     """
     import onnx  # here, because it is needed once in a bundle's life on a device
 
     model = onnx.load(graph, load_external_data=False)
     wide = re.compile(rf"(layers\.\d+)\.mlp\.\w+\.{nested}(\.scales)?")
     regions: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for tensor in _initializers(model.graph):
+    tensors = list(_initializers(model.graph))
+    screened = any(tensor.name.startswith("lm_head.screen") for tensor in tensors)
+    for tensor in tensors:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         if entries.get("location") != DATA:
             continue
@@ -195,6 +199,8 @@ def _parts(graph: Path, nested: int) -> dict[str, list[tuple[int, int]]]:
             part = f"{match[1]}.wide"
         elif match := re.match(r"layers\.\d+", tensor.name):
             part = match[0]
+        elif tensor.name.startswith("embed_tokens.") and screened:
+            part = ROWS
         else:
             part = "common"
         own = (int(entries["offset"]), int(entries["length"]))
