@@ -92,12 +92,16 @@ class ModelConfig(_Strict):
 
 
 class Quantization(_Strict):
-    """How the large matrices are stored: 32 bits means float32, unquantised."""
+    """How the large matrices are stored: 32 bits means float32, unquantised.
+
+    With `lm_head_screen`, logits are int4's but for those of the likeliest rows, which are exact.
+    """
 
     bits: Literal[4, 8, 32]
     block_size: Positive
     embedding_bits: Literal[4, 8, 32]
     per_layer_embedding_bits: Literal[4, 8, 32]
+    lm_head_screen: bool = False
 
 
 class BundleFile(_Strict):

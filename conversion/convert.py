@@ -38,6 +38,7 @@ from nestd.conversion.checkpoint import Checkpoint
 from nestd.conversion.costs import MINIMUM_CONTEXT, OVERHEAD_BYTES, cost
 from nestd.conversion.decoder import DecoderBytes, write_decoder, write_int8_cache_decoder
 from nestd.conversion.embeddings import (
+    SCREENED_ROWS,
     EmbeddingTable,
     write_embed_tokens,
     write_per_layer_embeddings,
@@ -75,6 +76,7 @@ class ConvertOptions:
         modalities: to convert, text always; None takes all that the checkpoint has.
         image_sizes: side lengths in pixels, a vision graph each.
         encoder_bits: of the encoders' matrices; None takes 8, or 32 where `bits` is 32.
+        lm_head_screen: find the likeliest tokens with an int4 lm_head, score only those exactly.
     """
 
     bits: Literal[4, 8, 32] = 8
@@ -84,6 +86,7 @@ class ConvertOptions:
     modalities: tuple[Modality, ...] | None = None
     image_sizes: tuple[int, ...] = IMAGE_SIZES
     encoder_bits: Literal[8, 32] | None = None
+    lm_head_screen: bool = False
 
     def quantization(self) -> Quantization:
         """Return the resolved widths."""
@@ -91,11 +94,14 @@ class ConvertOptions:
         block_size = self.block_size or DEFAULT_BLOCK_SIZE
         if block_size < 16 or block_size & (block_size - 1):
             raise CheckpointError(f"--block-size must be a power of two from 16, not {block_size}")
+        if self.lm_head_screen and self.bits == 32:
+            raise CheckpointError("--lm-head-screen is for quantised weights: leave out --bits 32")
         return Quantization(
             bits=self.bits,
             block_size=block_size,
             embedding_bits=wide,
             per_layer_embedding_bits=self.per_layer_embedding_bits or wide,
+            lm_head_screen=self.lm_head_screen,
         )
 
 
@@ -162,7 +168,10 @@ class _Writer:
     def write_graphs(self, encoders: Mapping[str, EncoderWriter]) -> None:
         """Stream the graphs and their weights."""
         model, quantization = self.model, self.quantization
-        progress = Progress(_bytes_to_read(self.checkpoint, model, self.encoders), self.log)
+        total = _bytes_to_read(self.checkpoint, model, self.encoders)
+        if quantization.lm_head_screen:
+            total += self.checkpoint.text["embed_tokens.weight"].nbytes
+        progress = Progress(total, self.log)
         self.checkpoint.on_bytes = progress.advance
         block = quantization.block_size
 
@@ -221,6 +230,8 @@ class _Writer:
     def write_manifest(self, slices: list[Slice], name: str, source: str) -> None:
         """Digest every file and write the manifest, last."""
         lm_head = self.sections["embed_tokens"]
+        if self.quantization.lm_head_screen:  # the screen is part of the decoder's own bytes
+            lm_head = lm_head * SCREENED_ROWS // self.model.vocab_size
         submodels = sorted(
             (cost(self.model, item, self.decoder, lm_head) for item in slices),
             key=lambda item: item.effective_params,
@@ -328,6 +339,8 @@ def _check_disk(
         elements = info.nbytes / (4 if info.dtype == "F32" else 2)
         bits = quantization.bits if name not in tables else quantization.embedding_bits
         needed += elements * (bits / 8 + overhead)
+        if name == tables[0] and quantization.lm_head_screen:
+            needed += elements * (0.5 + overhead)
     for name, info in checkpoint.encoders.items():
         if name.startswith(encoders.weights):
             elements = info.nbytes / (4 if info.dtype == "F32" else 2)

@@ -77,6 +77,11 @@ def test_the_next_turn_of_a_chat_reads_only_what_is_new(graphs: Graphs, prompt: 
 
 
 @pytest.fixture(scope="module")
+def windowed(exact_bundle: Bundle) -> Graphs:
+    return Graphs(exact_bundle, EngineOptions(threads=1))
+
+
+@pytest.fixture(scope="module")
 def unwindowed(exact_bundle: Bundle) -> Graphs:
     return Graphs(exact_bundle, EngineOptions(threads=1, kv_window=False))
 
@@ -96,20 +101,20 @@ def test_answers_are_the_same_with_and_without(
 
 
 def test_a_chat_goes_on_from_a_window_that_has_moved(
-    graphs: Graphs, unwindowed: Graphs, prompt: Prompt
+    windowed: Graphs, unwindowed: Graphs, prompt: Prompt
 ) -> None:
     """Its last tokens are there; a question that branches off further up is read anew."""
-    windowed, whole = Engine(graphs, prompt), Engine(unwindowed, prompt)
-    alone = Engine(graphs, prompt, session_cache_bytes=0)
+    some, whole = Engine(windowed, prompt), Engine(unwindowed, prompt)
+    alone = Engine(windowed, prompt, session_cache_bytes=0)
     texts = ["lamp on and tell me at length about it, please", *["it is", "and off again"] * 2]
     for seed in range(3):
-        answer = windowed.ask(*texts, seed=seed)
+        answer = some.ask(*texts, seed=seed)
         assert answer.text == alone.ask(*texts, seed=seed).text
         whole.ask(*texts, seed=seed)
         texts += [answer.text, "and the heater"]
     assert answer.cached_tokens > 200
-    assert windowed.ask("heater off").text == alone.ask("heater off").text
-    assert windowed.events[-1].cached_tokens == 0  # type: ignore[union-attr]
+    assert some.ask("heater off").text == alone.ask("heater off").text
+    assert some.events[-1].cached_tokens == 0  # type: ignore[union-attr]
     assert whole.ask("heater off").cached_tokens > 0
 
 

@@ -97,6 +97,15 @@ def test_wrong_guesses_are_cut_off_at_any_length(
         batch.cut(0, at + 1)
 
 
+def test_several_tokens_of_several_sequences_at_once_are_an_error_not_a_wrong_answer(
+    decoder: Decoder, ids: Any
+) -> None:
+    batch = decoder.batch(2, CONTEXT)
+    batch.step(ids[:2, :1])
+    with pytest.raises(Exception, match="batch_size must be 1"):
+        batch.step(ids[:2, 1:3], 2)
+
+
 def test_a_step_that_the_window_cannot_hold_is_refused() -> None:
     window = Window(16, 20)
     assert window.most_rows == 5
@@ -120,6 +129,16 @@ def test_a_window_always_holds_what_the_next_token_sees(size: int, spare: int) -
             # Whatever a step brought can be cut off again.
             assert all(window.holds(start, length + left) for left in range(rows + 1))
             length += rows
+
+
+def test_a_sequence_can_always_be_cut_back_by_a_quarter_of_the_margin() -> None:
+    window = Window(16, 16 + 19)
+    for chunk in range(1, window.most_rows + 1):
+        start = length = 0
+        for rows in [chunk] * 9 + [1] * 100:
+            start, before = window.start_for(start, length, rows), length
+            length += rows
+            assert window.holds(start, min(before, length - window.most_rows // 4))
 
 
 def test_what_has_left_the_window_cannot_be_gone_back_to() -> None:

@@ -158,6 +158,18 @@ class Guesser(PromptLookup):
         return np.full_like(ids, 7)[: min(most, MOST_GUESSED)]
 
 
+@pytest.mark.parametrize("kv_window", [False, True])
+def test_a_context_shorter_than_the_window_is_whole(exact_bundle: Bundle, kv_window: bool) -> None:
+    graphs = graphs_of(exact_bundle, 32, kv_window)
+    short = WINDOW - 4
+    cache = graphs.new_cache(short)
+    assert cache.caches.window.most_rows == short
+    read(graphs, cache, IDS[0][:short])
+    assert (cache.length, cache.start) == (short, 0)
+    with pytest.raises(ValueError, match="do not fit a cache"):
+        graphs.run(IDS[0][:1], cache, full(graphs), need_logits=False)
+
+
 @pytest.mark.parametrize("schema", [None, {"const": "a text that leaves no choice for a while"}])
 @pytest.mark.parametrize("guesser", [None, Guesser()])
 def test_an_answer_brings_no_more_tokens_at_once_than_its_window_takes(

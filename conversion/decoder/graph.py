@@ -92,7 +92,13 @@ def write_decoder(
 
     # 3. The rest sees the last R tokens of each sequence.
     tail = graph.branch("tail")
-    logits = _tail(context, tail, streams, lm_head, count)
+    screen = context.matrix("embed_tokens", model.vocab_size, model.hidden_size)
+    hidden = _tail(context, tail, streams, count)
+    if quantization.lm_head_screen:
+        logits = lm_head.screened_logits(tail, hidden, screen)
+    else:
+        logits = lm_head.logits(tail, hidden)
+    logits = _cap(context, tail, logits)
     nothing = graph.branch("no_logits")
     empty = nothing.op("ConstantOfShape", context.batched(nothing, 0, model.vocab_size))
     graph.op(
@@ -172,10 +178,9 @@ def _tail(
     context: DecoderContext,
     tail: GraphBuilder,
     streams: str,
-    lm_head: EmbeddingTable,
     count: DecoderBytes,
 ) -> str:
-    """Run the layers without a cache, each behind its `kept` flag, and the lm_head."""
+    """Run the layers without a cache, each behind its `kept` flag, and the last norm."""
     model = context.model
     layers = range(model.first_kv_shared_layer, model.num_layers)
     bounds = (
@@ -204,15 +209,17 @@ def _tail(
             else_branch=skipped.branch_graph([skipped.op("Identity", streams)]),
         )
         count.layers.append((tail.weights.size - start - wide, wide))
-    cap = model.final_logit_softcapping
     # Dividing by the cap is part of the norm's weight: one pass over the vocabulary less.
-    scale = context.small(tail, "norm.weight", model.hidden_size, factor=1 / (cap or 1.0))
-    hidden = tail.rms_norm(merge(context, tail, streams), scale, model.rms_norm_eps)
-    logits = lm_head.logits(tail, hidden)
-    logits = tail.op("Reshape", logits, context.batched(tail, -1, model.vocab_size))
-    if cap is None:
-        return logits
-    return tail.op("Mul", tail.op("Tanh", logits), tail.constant(cap))
+    factor = 1 / (model.final_logit_softcapping or 1.0)
+    scale = context.small(tail, "norm.weight", model.hidden_size, factor=factor)
+    return tail.rms_norm(merge(context, tail, streams), scale, model.rms_norm_eps)
+
+
+def _cap(context: DecoderContext, tail: GraphBuilder, logits: str) -> str:
+    """Return logits [B, R, vocab] of rows [B * R, vocab] that were divided by the cap."""
+    logits = tail.op("Reshape", logits, context.batched(tail, -1, context.model.vocab_size))
+    cap = context.model.final_logit_softcapping
+    return tail.op("Mul", tail.op("Tanh", logits), tail.constant(cap)) if cap else logits
 
 
 def _cache_infos(model: ModelConfig, prefix: str) -> list[onnx.ValueInfoProto]:

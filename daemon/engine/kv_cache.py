@@ -88,7 +88,7 @@ class KVCaches:
     ) -> None:
         self.slots = slots
         self.capacity = capacity
-        self.window = window or Window(model.sliding_window, capacity)
+        self.window = window or Window.of(model.sliding_window, capacity, None)
         self._bytes_of = partial(model.kv_cache_bytes, kv_bits=kv_bits)
         self.buffers: Buffers = {}
         self.sliding: set[str] = set()

@@ -35,6 +35,7 @@ GRAPH = "decoder.onnx"
 DATA = "decoder.data"
 PARTS = "parts.json"
 ORIGINALS = "originals"
+ROWS = "rows"
 # Bytes on disk per byte of weights: originals, rearranged copies, and alignment.
 GROWTH = 2.2
 
@@ -60,7 +61,8 @@ def prepared_decoder(
     Raises:
         BundleError: the disk is too small, or ONNX Runtime refuses the graph.
     """
-    needed = int(GROWTH * bundle.manifest.submodels[-1].decoder_bytes)
+    sections = bundle.manifest.sections
+    needed = int(GROWTH * (sections["decoder"] + sections["embed_tokens"]))
     source = bundle.file(f"{decoder_graph(kv_bits)}.onnx")
     files = (source.name, "decoder.data", "embed_tokens.")
     return _prepared(bundle, "decoder", source, files, needed, directory, threads)
@@ -165,15 +167,17 @@ def _remove_outdated(stem: str, directory: Path) -> None:
 def _parts(graph: Path, nested: int) -> dict[str, list[tuple[int, int]]]:
     """Return the (offset, bytes) regions of the data file by the part of the model they serve.
 
-    Parts are `layers.3`, `layers.3.wide`, `common`, and ORIGINALS: matrices that are only
-    compared at load time and never read again.
+    Parts are `layers.3`, `layers.3.wide`, `common`, ROWS: a table of which a few rows are read here
+    and there, and ORIGINALS: matrices that are only compared at load time and never read again.
     """
     import onnx  # here, because it is needed once in a bundle's life on a device
 
     model = onnx.load(graph, load_external_data=False)
     wide = re.compile(rf"(layers\.\d+)\.mlp\.\w+\.{nested}(\.scales)?")
     regions: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for tensor in _initializers(model.graph):
+    tensors = list(_initializers(model.graph))
+    screened = any(tensor.name.startswith("lm_head.screen") for tensor in tensors)
+    for tensor in tensors:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         if entries.get("location") != DATA:
             continue
@@ -181,6 +185,8 @@ def _parts(graph: Path, nested: int) -> dict[str, list[tuple[int, int]]]:
             part = f"{match[1]}.wide"
         elif match := re.match(r"layers\.\d+", tensor.name):
             part = match[0]
+        elif tensor.name.startswith("embed_tokens.") and screened:
+            part = ROWS
         else:
             part = "common"
         own = (int(entries["offset"]), int(entries["length"]))

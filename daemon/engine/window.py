@@ -19,10 +19,12 @@ class Window:
     Attributes:
         size: tokens that a token sees, itself among them; the model's `sliding_window`.
         capacity: rows of the cache.
+        moves: False where the whole session fits: then no token ever leaves.
     """
 
     size: int
     capacity: int
+    moves: bool = True
 
     @classmethod
     def of(cls, size: int, context_length: int, prefill_chunk: int | None) -> Window:
@@ -31,33 +33,38 @@ class Window:
         With None, it has room for the whole session. A margin of a quarter of the window keeps
         small what a token pays for moving rows.
         """
-        if prefill_chunk is None:
-            return cls(size, context_length)
-        return cls(size, min(context_length, size - 1 + max(prefill_chunk, size // 4)))
+        capacity = size - 1 + max(prefill_chunk or context_length, size // 4)
+        if capacity >= context_length:
+            return cls(size, context_length, moves=False)
+        return cls(size, capacity)
 
     @property
     def most_rows(self) -> int:
         """New tokens that a step may bring at any length of the sequence."""
-        return self.capacity - self.size + 1
+        return self.capacity - self.size + 1 if self.moves else self.capacity
 
     def start_for(self, start: int, length: int, rows: int) -> int:
         """Return the first token to keep so that `rows` more fit behind the token `length` - 1.
 
         Where that is not `start`, rows [result - start, length - start) have to move to the front.
-        As few as possible are kept, so they move once in `most_rows` tokens.
+        What the new tokens see is kept, and where there is room a quarter of the margin more, so
+        that a sequence can be cut back a little later on: a chat's next turn may spell the end of
+        its last one otherwise. Single tokens make rows move once in three quarters of the margin.
 
         Raises:
             ValueError: more rows than a step may bring, or `start` lacks what the first one sees.
         """
-        if rows > self.most_rows and length + rows > self.capacity:
-            raise ValueError(f"{rows} tokens in one step, at most {self.most_rows} fit a window")
         if not self.holds(start, length):
             raise ValueError(
                 f"tokens before {start} are gone, the next token at {length} sees some"
             )
         if length - start + rows <= self.capacity:
             return start
-        return max(start, length - self.size + 1)
+        if not self.moves or rows > self.most_rows:
+            raise ValueError(f"{rows} tokens in one step, at most {self.most_rows} fit a window")
+        seen = self.size - 1
+        kept = max(seen, min(seen + self.most_rows // 4, self.capacity - rows))
+        return max(start, length - kept)
 
     def holds(self, start: int, length: int) -> bool:
         """Whether a sequence cut to `length` can go on with a cache that begins at `start`."""
