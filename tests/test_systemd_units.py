@@ -61,11 +61,15 @@ def test_the_service_is_as_closed_as_promised(unit: Path) -> None:
     assert float(found[1]) <= most
 
 
-def test_the_unit_keeps_what_sensing_needs() -> None:
-    """ProcSubset=pid hides /proc/meminfo, PrivateNetwork= the broker."""
+def test_the_unit_keeps_what_sensing_and_hearing_need() -> None:
+    """ProcSubset=pid hides /proc/meminfo, PrivateNetwork= the broker.
+
+    MemoryDenyWriteExecute= forbids cffi's callbacks, by which libsndfile reads a clip.
+    """
     unit = text("nestd.service")
     assert "ProcSubset=" not in unit
     assert "PrivateNetwork=" not in unit
+    assert "MemoryDenyWriteExecute=" not in unit
     assert "OOMPolicy=continue\n" in unit
 
 
