@@ -28,6 +28,7 @@ from nestd.daemon.engine.messages import (
 )
 from nestd.daemon.prompt.template import Prompt
 
+CONTEXT = 512
 POCKET = Path(__file__).parents[1] / "examples" / "pocket"
 SAMPLES = {
     "counter-21.png": (
@@ -73,8 +74,8 @@ def answer(bundle: Bundle, graphs: Graphs, reader: MediaReader, size: str, *part
         reader.read(messages, lambda _: None, lambda: False),
         Sampling(max_tokens=64, temperature=0),
         bundle.manifest.submodel(size),
-        context_length=512,
-        prefill_chunk=128,
+        graphs.new_cache(CONTEXT),
+        CONTEXT,
     )
     while generation.finish_reason is None:
         generation.step()
