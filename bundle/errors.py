@@ -2,7 +2,7 @@
 
     NestdError
     ├── RequestError          answered to the client: a wire code and a status (docs/mqtt.md)
-    │   ├── BadRequest 400, ModelNotFound 404, BlobNotFound 404, Expired 408, IdReused 409,
+    │   ├── BadRequest 400, Refused 403, ModelNotFound 404, BlobNotFound 404, Expired 408, IdReused 409,
     │   ├── TooLarge 413, UnsupportedMedia 415, QueueFull 429, Cancelled 499, Internal 500,
     │   └── Loading 503, PowerSaver 503, ModalityUnavailable 503, InsufficientMemory 507
     ├── CheckpointError       the Hugging Face input cannot be converted
@@ -60,6 +60,12 @@ class BadRequest(RequestError):
     """The request is malformed."""
 
     code, status = "bad_request", 400
+
+
+class Refused(RequestError):
+    """The owner's filter refuses the request or its answer."""
+
+    code, status = "refused", 403
 
 
 class ModelNotFound(RequestError):

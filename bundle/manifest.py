@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -227,11 +228,17 @@ class Manifest(_Strict):
 
 
 class Bundle:
-    """A bundle directory whose manifest has been read and whose files exist with their sizes."""
+    """A bundle directory whose manifest has been read and whose files exist with their sizes.
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    Attributes:
+        manifest_bytes: what was read; `digest`, their sha256, stands for the whole bundle.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, manifest_bytes: bytes) -> None:
         self.path = path
         self.manifest = manifest
+        self.manifest_bytes = manifest_bytes
+        self.digest = hashlib.sha256(manifest_bytes).hexdigest()
 
     @classmethod
     def open(cls, path: Path) -> Bundle:
@@ -242,7 +249,8 @@ class Bundle:
         """
         manifest_path = path / MANIFEST
         try:
-            document = json.loads(manifest_path.read_text(encoding="utf-8"))
+            data = manifest_path.read_bytes()
+            document = json.loads(data)
         except FileNotFoundError:
             raise BundleError(
                 f"{path} holds no {MANIFEST}: make a bundle with `nestd convert CHECKPOINT {path}`"
@@ -267,7 +275,7 @@ class Bundle:
             if size != entry.bytes:
                 state = "is missing" if size is None else f"has {size} bytes, not {entry.bytes}"
                 raise BundleError(f"{file} {state}: copy or convert the bundle again")
-        return cls(path, manifest)
+        return cls(path, manifest, data)
 
     def file(self, name: str) -> Path:
         """Return the path of the bundle's file `name`; BundleError if the manifest has none."""
@@ -275,9 +283,14 @@ class Bundle:
             raise BundleError(f"the bundle {self.path} has no {name}: convert the checkpoint again")
         return self.path / name
 
-    def verify(self) -> None:
-        """Compare every file with its sha256; BundleError names the first that differs."""
+    def verify(self, before_each: Callable[[str], None] = lambda _name: None) -> None:
+        """Compare every file with its sha256, after a call of `before_each` with its name.
+
+        Raises:
+            BundleError: names the first that differs.
+        """
         for name, entry in self.manifest.files.items():
+            before_each(name)
             if sha256_file(self.path / name) != entry.sha256:
                 raise BundleError(
                     f"{self.path / name} does not match its sha256: copy the bundle again"

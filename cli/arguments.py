@@ -66,7 +66,7 @@ def _medium(kind: str, path: str) -> tuple[str, Path]:
 def client_transport(
     args: argparse.Namespace, client_id: str | None = None
 ) -> tuple[Settings, str, PahoTransport]:
-    """Return the settings, a client id and a transport, not connected yet.
+    """Return the settings, where answers come to and a transport, not connected yet.
 
     Without a `client_id` it is one that nobody else has. `args` come from a parser with
     `add_broker` and `add_config`.
@@ -77,8 +77,10 @@ def client_transport(
     from nestd.client.connection import new_client_id
     from nestd.daemon.config import load_settings
     from nestd.daemon.mqtt.connect import client_options
+    from nestd.daemon.mqtt.topics import answers_to
     from nestd.daemon.mqtt.transport import PahoTransport
 
     settings = load_settings(args.config, None, {"mqtt.host": args.host, "mqtt.port": args.port})
     client_id = client_id or new_client_id()
-    return settings, client_id, PahoTransport(client_options(settings, client_id))
+    address = answers_to(client_id, settings.mqtt.username)
+    return settings, address, PahoTransport(client_options(settings, client_id))

@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--cancel-after needs --node: a pool does not know who answers")
     fields, media = request_fields(args), read_media(args.media, args.detail)
     same = None if args.conversation is None else conversation_client(args.conversation)
-    settings, client_id, transport = client_transport(args, same)
-    client = Client(transport, client_id, settings.mqtt.prefix)
+    settings, address, transport = client_transport(args, same)
+    client = Client(transport, address, settings.mqtt.prefix)
     later = () if args.cancel_after is None else (Due(args.cancel_after, "cancel", {}),)
     try:
         if args.pool is not None:

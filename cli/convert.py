@@ -75,8 +75,10 @@ def _sizes(text: str) -> tuple[int, ...]:
 def run(args: argparse.Namespace) -> int:
     """Convert and say what was made."""
     from nestd.cli.inspect import describe
+    from nestd.cli.notice import show_once
     from nestd.conversion.convert import ConvertOptions, convert
     from nestd.conversion.encoders.config import IMAGE_SIZES
+    from nestd.daemon.settings import default_state_path
 
     options = ConvertOptions(
         bits=args.bits,
@@ -89,4 +91,5 @@ def run(args: argparse.Namespace) -> int:
     )
     bundle = convert(args.checkpoint, args.bundle, options, sys.stderr)
     print(describe(bundle))
+    show_once(bundle, default_state_path(), lambda text: print(f"\n{text}"))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nestd.bundle.licence import notice
 from nestd.bundle.manifest import Bundle
 from nestd.cli.main import Subparsers
 
@@ -31,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
         print(describe(bundle))
         if args.verify:
             print("every file matches its sha256")
+        if text := notice(bundle):
+            print(f"\n{text}")
     return 0
 
 
@@ -52,6 +55,7 @@ def describe(bundle: Bundle) -> str:
         f"modalities: {', '.join(manifest.modalities)}",
         *media,
         f"needs {_megabytes(manifest.minimum_ram_bytes)} of RAM at least",
+        f"digest (bundle_sha256): {bundle.digest}",
         "",
         "section                        on disk",
     ]

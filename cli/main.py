@@ -20,13 +20,18 @@ from nestd.bundle.errors import NestdError
 # To add a command: write cli/<name>.py and add its name here.
 COMMANDS: tuple[str, ...] = (
     "ask",
+    "bench",
     "check_config",
     "convert",
+    "dashboard",
+    "doctor",
     "inspect",
+    "install",
     "plan",
     "profiles",
     "run",
     "schema",
+    "uninstall",
     "watch",
 )
 

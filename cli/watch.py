@@ -44,8 +44,8 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Watch until Ctrl-C."""
-    settings, client_id, transport = client_transport(args)
-    watcher = Watcher(transport, client_id, settings.mqtt.prefix, frozenset(args.nodes))
+    settings, address, transport = client_transport(args)
+    watcher = Watcher(transport, address, settings.mqtt.prefix, frozenset(args.nodes))
     try:
         watcher.connect()
         if args.once or not sys.stdout.isatty():
@@ -69,14 +69,14 @@ class Watcher:
     """
 
     def __init__(
-        self, transport: Transport, client_id: str, prefix: str, only: frozenset[str]
+        self, transport: Transport, address: str, prefix: str, only: frozenset[str]
     ) -> None:
         from nestd.daemon.mqtt.topics import CLIENTS
 
         self._transport = transport
         self._prefix = prefix
         self._only = only
-        self._reply_topic = f"{CLIENTS}/{client_id}/replies"
+        self._reply_topic = f"{CLIENTS}/{address}/replies"
         self._events: SimpleQueue[TransportEvent] = SimpleQueue()
         self._nodes: dict[str, NodeView] = {}
         self._heard: dict[str, float] = {}

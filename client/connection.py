@@ -63,10 +63,11 @@ class Client:
         maximum_packet_size: what the broker takes at most, None where it does not say.
     """
 
-    def __init__(self, transport: Transport, client_id: str, prefix: str) -> None:
+    def __init__(self, transport: Transport, address: str, prefix: str) -> None:
+        """Answers come to `address`, see `nestd.daemon.mqtt.topics.answers_to`."""
         self._transport = transport
         self._prefix = prefix
-        self._reply_topic = f"{CLIENTS}/{client_id}/replies"
+        self._reply_topic = f"{CLIENTS}/{address}/replies"
         self._events: SimpleQueue[TransportEvent] = SimpleQueue()
         # By node; a node that comes back has another birth, its `boot` and `n`.
         self._availability: dict[str, str] = {}
@@ -157,12 +158,31 @@ class Client:
         Raises:
             BrokerError: it says nothing.
         """
-        self._transport.subscribe([Subscription(self._node.info, 1)])
-        deadline = time.monotonic() + CONTROL_SECONDS
+        return self._retained(self._node.info)
+
+    def state(self) -> Event:
+        """Return what the node does now, and why.
+
+        Raises:
+            BrokerError: it says nothing.
+        """
+        return self._retained(self._node.state)
+
+    def _retained(self, topic: str) -> Event:
+        # Each new subscription brings the retained message once more; where the node has not
+        # published any yet, its first comes live.
+        self._transport.subscribe([Subscription(topic, 1)])
+        deadline, live = time.monotonic() + CONTROL_SECONDS, None
         while (event := self._next(deadline)) is not None:
-            if isinstance(event, Received) and event.topic == self._node.info:
-                return json_object(event.payload)
-        raise BrokerError(f"the node {self._node.node} does not publish its info")
+            if not isinstance(event, Received) or event.topic != topic:
+                continue
+            live = json_object(event.payload)
+            if event.retain:
+                return live
+            deadline = min(deadline, time.monotonic() + GATHERING_SECONDS)
+        if live is None:
+            raise BrokerError(f"the node {self._node.node} does not publish {topic}")
+        return live
 
     def upload(self, data: bytes, chunk_bytes: int, timeout: float) -> str:
         """Send `data` as a blob and return its id, once the node has all of it.

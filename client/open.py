@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from nestd.client.connection import Client, new_client_id
 from nestd.daemon.mqtt.packets import TransportOptions
+from nestd.daemon.mqtt.topics import answers_to
 from nestd.daemon.mqtt.transport import PahoTransport
 
 
@@ -45,7 +46,7 @@ class Broker:
             clean_start=True,
             receive_maximum=1000,
         )
-        return Client(PahoTransport(options), client_id, self.prefix)
+        return Client(PahoTransport(options), answers_to(client_id, self.username), self.prefix)
 
 
 @contextmanager

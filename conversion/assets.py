@@ -11,15 +11,20 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from nestd.bundle.errors import CheckpointError
+from nestd.bundle.licence import LICENCE_FILES
 from nestd.bundle.manifest import GenerationDefaults, Tokens
 from nestd.conversion.checkpoint import read_json
 
-LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
-# The notice that Gemma's terms ask every copy to carry (section 3.1 of the Gemma Terms of Use).
-GEMMA_NOTICE = (
-    "Gemma is provided under and subject to the Gemma Terms of Use found at "
-    "ai.google.dev/gemma/terms\n"
-)
+# The notice that Gemma's terms ask every copy to carry (section 3.1 of the Gemma Terms of Use: its
+# first sentence, that files were modified, and the use restrictions).
+GEMMA_NOTICE = """\
+Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms
+
+nestd convert has modified these files: the weights of a Gemma checkpoint were quantised and laid
+out anew. The bundle is a model derivative under these terms. Whoever uses it or passes it on is
+bound by them, and by the Gemma Prohibited Use Policy, which is part of them:
+ai.google.dev/gemma/prohibited_use_policy
+"""
 
 
 def copy_tokenizer(checkpoint: Path, bundle: Path) -> None:
@@ -102,11 +107,14 @@ def read_generation_defaults(checkpoint: Path) -> GenerationDefaults:
 
 
 def write_licence(checkpoint: Path, bundle: Path) -> None:
-    """Copy the checkpoint's licence files; Gemma's notice where it carries none."""
+    """Copy the checkpoint's licence files; write Gemma's notice where it is owed and missing."""
     found = [name for name in LICENCE_FILES if (checkpoint / name).is_file()]
+    text = ""
     for name in found:
         shutil.copyfile(checkpoint / name, bundle / name)
-    if not found:
+        text += (checkpoint / name).read_text(encoding="utf-8", errors="replace")
+    has_notice = any(name.startswith("NOTICE") for name in found)
+    if not found or ("Gemma Terms of Use" in text and not has_notice):
         (bundle / "NOTICE").write_text(GEMMA_NOTICE, encoding="utf-8")
 
 

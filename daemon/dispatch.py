@@ -9,6 +9,7 @@ from nestd.bundle.errors import (
     InsufficientMemory,
     Internal,
     Loading,
+    Refused,
     RequestError,
     request_error,
 )
@@ -28,6 +29,7 @@ from nestd.daemon.engine.messages import (
     Start,
     Stats,
 )
+from nestd.daemon.filter import Filter, Judged
 from nestd.daemon.intake import Intake
 from nestd.daemon.logs import about
 from nestd.daemon.replies import Replies
@@ -40,6 +42,8 @@ log = logging.getLogger(__name__)
 
 # A request that killed the engine so often is answered 500 (docs/mqtt.md, delivery rule 2).
 DEADLY_ATTEMPTS = 3
+# When to come again after the filter itself has failed.
+FILTER_RETRY_MS = 10_000
 
 
 class Dispatch:
@@ -56,6 +60,7 @@ class Dispatch:
         governor: Governor,
         intake: Intake,
         conversations: Conversations,
+        judge: Filter,
         manifest: Manifest,
         max_tokens: int,
     ) -> None:
@@ -65,9 +70,12 @@ class Dispatch:
         self._governor = governor
         self._intake = intake
         self._conversations = conversations
+        self._filter = judge
         self._manifest = manifest
         self._max_tokens = max_tokens
         self.stats: Stats | None = None
+        # Answered by the engine, and with the filter now.
+        self.judging: list[RequestRecord] = []
 
     def start_next(self, now: float) -> None:
         """Give the engine the next requests, as far as it may run more."""
@@ -112,7 +120,8 @@ class Dispatch:
             record = self._book.by_engine_id(event.id)
             if record is not None and record.state == "running":
                 record.submodel = event.submodel
-                if record.request is not None and record.request.stream:
+                streams = record.request is not None and record.request.stream
+                if streams and not self._filter.judges("answer"):
                     self._replies.delta(record, event)
         elif isinstance(event, Finished | Failed):
             energy = self._governor.energy(now)
@@ -127,6 +136,33 @@ class Dispatch:
             self._engine_died(event, now)
         elif isinstance(event, LoadFailed) and self._supervisor.degraded is not None:
             self.refuse_waiting()
+
+    def judged(self, event: Judged, now: float) -> None:
+        """React to the filter's verdict on a request or on its answer."""
+        record, verdict, finished = event.record, event.verdict, event.finished
+        if finished is not None:
+            self.judging.remove(record)
+        if record.state == "ended" or record.request is None:
+            return  # cancelled or expired meanwhile
+        if verdict is None:
+            sentence = "the node's filter failed, so nothing passes: its owner finds why in the log"
+            self._replies.error(record, Internal(sentence, FILTER_RETRY_MS))
+            return
+        text = None if finished is None else self._filter.replaced(verdict)
+        # Another text would not be of the form that was promised.
+        free = structure_of(record.request) is None
+        if finished is None and verdict.allow:
+            record.passed = True
+        elif finished is not None and verdict.allow and text in (None, finished.text):
+            self._answer(record, finished, event.joules, now)
+        elif finished is not None and text is not None and free:
+            # A reason of the contract, which no engine gives.
+            changed = finished.model_copy(update={"text": text, "finish_reason": "content_filter"})
+            self._answer(record, changed, event.joules, now)
+        else:
+            what = "request" if finished is None else "answer"
+            why = f" ({verdict.reason})" if verdict.reason else ""
+            self._replies.error(record, Refused(f"the node's filter refuses the {what}{why}"))
 
     def cancel(self, record: RequestRecord) -> None:
         """End a request at its client's wish; the engine drops it within one step."""
@@ -171,12 +207,21 @@ class Dispatch:
             self._replies.error(record, Cancelled("the engine was told to drop the request"))
         else:
             joules = self._governor.answered(record, event.completion_tokens, energy)
-            turn = self._conversations.answered(record, event.text, now)
-            tools = chosen_tools(record.request) if record.request else ()
-            self._replies.done(record, event, joules, call_of(event.text, tools), turn, now)
             # A place becomes free after each of those that run side by side.
             side_by_side = len(self._book.running) + 1
             self._intake.answered_in((now - (record.started or now)) * 1000 / side_by_side)
+            if self._filter.judges("answer"):
+                self.judging.append(record)
+                self._filter.answer(record, event, joules)
+            else:
+                self._answer(record, event, joules, now)
+
+    def _answer(
+        self, record: RequestRecord, finished: Finished, joules: float | None, now: float
+    ) -> None:
+        turn = self._conversations.answered(record, finished.text, now)
+        tools = chosen_tools(record.request) if record.request else ()
+        self._replies.done(record, finished, joules, call_of(finished.text, tools), turn, now)
 
     def _end_early(self, record: RequestRecord) -> None:
         if record.engine_id is not None:

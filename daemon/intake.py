@@ -13,6 +13,7 @@ from nestd.bundle.manifest import Manifest, Modality
 from nestd.daemon.content import Contents
 from nestd.daemon.conversations import Conversations
 from nestd.daemon.delivery import Delivery, Entry
+from nestd.daemon.filter import Filter
 from nestd.daemon.mqtt.contract import Request
 from nestd.daemon.mqtt.packets import Received
 from nestd.daemon.mqtt.parse import Envelope, ParseLimits, read_envelope, read_request
@@ -48,6 +49,7 @@ class Intake:
         replies: Replies,
         contents: Contents,
         conversations: Conversations,
+        judge: Filter,
         unavailable: Callable[[frozenset[Modality]], RequestError | None],
     ) -> None:
         self._rules = rules
@@ -56,6 +58,7 @@ class Intake:
         self._replies = replies
         self._contents = contents
         self._conversations = conversations
+        self._filter = judge
         # Why no request with these encoders can be taken now (the engine does not load, the plan
         # refuses, the bundle has none), or None.
         self._unavailable = unavailable
@@ -86,6 +89,9 @@ class Intake:
         self._replies.accepted(record)
         if self._book.take_early_cancel(record.client, record.id, now):
             self._replies.error(record, Cancelled("the client cancelled the request"))
+        elif self._filter.judges("request"):
+            record.passed = False
+            self._filter.request(record, request)
 
     def answered_in(self, milliseconds: float) -> None:
         """Learn after how long a place becomes free, for `retry_after_ms`."""

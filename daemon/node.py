@@ -22,6 +22,7 @@ from nestd.daemon.delivery import Delivery
 from nestd.daemon.dispatch import Dispatch
 from nestd.daemon.elastic.governor import Board, Governor
 from nestd.daemon.elastic.resources import Sampler
+from nestd.daemon.filter import Filter, Judged
 from nestd.daemon.home_assistant import HomeAssistant
 from nestd.daemon.intake import Intake, IntakeRules
 from nestd.daemon.journal import Journal
@@ -49,6 +50,7 @@ class Parts:
         make_blob_transport: a second connection, for blobs; None where none are taken.
         board: makes snapshots; None reads this machine, below the setting `sysroot`.
         config: the settings without secrets, for `info`.
+        check_configuration: raises NestdError if what is on the disk now would not start.
     """
 
     make_transport: MakeTransport
@@ -56,6 +58,7 @@ class Parts:
     make_blob_transport: Callable[[], Transport] | None = None
     board: Board | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    check_configuration: Callable[[], object] = lambda: None
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
     notifier: Notifier = field(default_factory=Notifier)
@@ -69,9 +72,9 @@ class Node:
         settings: Settings,
         manifest: Manifest,
         parts: Parts,
-        put_event: Callable[[EngineEvent], None],
+        put_event: Callable[[EngineEvent | Judged], None],
     ) -> None:
-        """`put_event` takes the engine's events, in any thread.
+        """`put_event` takes the engine's events and the filter's, in any thread.
 
         Raises:
             ConfigError: the configuration names a sub-model that the bundle does not have.
@@ -91,6 +94,7 @@ class Node:
             if record.final is not None and not record.final.confirmed:
                 self.delivery.send(record.final)
         self.replies = Replies(self.transport, self.delivery, self.book, self.journal)
+        self.filter = Filter(settings.filter, settings.node_name, put_event)
         self.supervisor = Supervisor(parts.make_engine, put_event)
         self.governor = Governor(
             settings,
@@ -123,6 +127,7 @@ class Node:
             self.replies,
             contents,
             self.conversations,
+            self.filter,
             self.unavailable,
         )
         self.dispatch = Dispatch(
@@ -132,6 +137,7 @@ class Node:
             self.governor,
             self.intake,
             self.conversations,
+            self.filter,
             manifest,
             settings.limits.max_tokens,
         )

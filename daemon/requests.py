@@ -47,6 +47,7 @@ class RequestRecord:
         attempt: 1, or more if it had to be run again.
         deaths: how many engine processes ended while they ran it.
         seq: number of the next event.
+        passed: no filter has to judge it any more.
         wish: the sub-model that a control request asked for in place of the request's own.
         route: the sub-models that the engine was told to run this attempt on, and why each.
         energy: an answer's share of the board's energy when this attempt started.
@@ -70,6 +71,7 @@ class RequestRecord:
     started: float | None = None
     engine_id: str | None = None
     submodel: str | None = None
+    passed: bool = True
     wish: str | None = None
     route: list[Choice[str]] = field(default_factory=list)
     energy: Share | None = None
@@ -201,7 +203,7 @@ class RequestBook:
         One whose conversation is being answered waits for that answer, which is part of its prompt.
         """
         busy = {key for record in self._running.values() if (key := conversation_of(record))}
-        free = (record for record in self._waiting if conversation_of(record) not in busy)
+        free = (r for r in self._waiting if r.passed and conversation_of(r) not in busy)
         return min(free, key=_rank, default=None)
 
     def ahead_of(self, record: RequestRecord) -> int:

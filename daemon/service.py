@@ -15,14 +15,16 @@ from itertools import chain
 from queue import Empty, SimpleQueue
 from types import FrameType
 
-from nestd.bundle.errors import BrokerError, Loading
+from nestd.bundle.errors import BrokerError, Loading, NestdError
 from nestd.bundle.manifest import Manifest
+from nestd.daemon.filter import Judged
 from nestd.daemon.mqtt.packets import (
     Connected,
     Disconnected,
     GaveUp,
     Published,
     Received,
+    Subscribed,
     Subscription,
     TransportEvent,
 )
@@ -51,13 +53,18 @@ class StopRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class ReloadRequested:
+    """SIGHUP came."""
+
+
+@dataclass(frozen=True, slots=True)
 class UploadEvent:
     """An event of the connection on which blobs come in."""
 
     event: TransportEvent
 
 
-DaemonEvent = TransportEvent | EngineEvent | UploadEvent | StopRequested
+DaemonEvent = TransportEvent | EngineEvent | UploadEvent | Judged | StopRequested | ReloadRequested
 
 
 class Daemon:
@@ -74,27 +81,37 @@ class Daemon:
         self.node = Node(settings, manifest, parts, self.events.put)
         self._clock = parts.clock
         self._notifier = parts.notifier
+        self._check_configuration = parts.check_configuration
         self._online = False
         self._next_sweep = float("-inf")
         self._stop_requests = 0
+        self._reloads = False
         self._gave_up: str | None = None
+        self._filters: list[str] = []
 
     # The three parts of a life
 
-    def run(self) -> None:
-        """Live until SIGTERM.
+    def run(self) -> bool:
+        """Live until SIGTERM, or SIGHUP from systemd.
+
+        Returns:
+            True where the process is to start again, with the configuration of now.
 
         Raises:
             BrokerError: the broker refuses us for good.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        # Without systemd SIGHUP says that the terminal has gone, and ends the process.
+        if self._notifier.supervised:
+            signal.signal(signal.SIGHUP, self._on_hangup)
         self.startup()
         try:
             self.main_loop()
         finally:
             self.shutdown()
         self.raise_if_gave_up()
+        return self._reloads and not self._stop_requests
 
     def raise_if_gave_up(self) -> None:
         """Raise BrokerError if the transport has ended for good."""
@@ -109,11 +126,10 @@ class Daemon:
         node.transport.start(self._take_in)
         if node.uploads is not None:
             node.uploads.start(lambda event: self.events.put(UploadEvent(event)))
-        self._notifier.send("READY=1")
 
     def main_loop(self) -> None:
-        """Handle events until someone asks to stop."""
-        while not self._stop_requests and self._gave_up is None:
+        """Handle events until someone asks to stop or to reload."""
+        while not (self._stop_requests or self._reloads) and self._gave_up is None:
             self.step(self._wait_seconds())
 
     def shutdown(self) -> None:
@@ -122,20 +138,22 @@ class Daemon:
         Requests without a PUBACK stay with the broker, which delivers them to the next process.
         """
         node = self.node
-        self._notifier.send("STOPPING=1")
+        if not self._reloads:
+            self._notifier.send("STOPPING=1")
         node.status.draining = True
         if node.topics.shared:
             node.transport.unsubscribe(list(node.topics.shared))
         self._hand_back(node.book.waiting)
         deadline = self._clock() + DRAIN_SECONDS
-        while self._online and (self._is_running() or node.delivery.open_finals):
+        while self._online and (self._running() or node.delivery.open_finals):
             remaining = deadline - self._clock()
             if remaining <= 0 or self._stop_requests > 1:
                 break
             self.step(min(remaining, self._wait_seconds()))
-        self._hand_back(node.book.running)
+        self._hand_back(self._running())
         node.supervisor.stop(ENGINE_STOP_SECONDS)
         node.governor.close()
+        node.filter.close()
         node.metrics.close()
         goodbye = node.presence.say(node.transport, "offline") if self._online else None
         self._wait_for(goodbye, self._clock() + GOODBYE_SECONDS)
@@ -170,8 +188,14 @@ class Daemon:
         elif isinstance(event, UploadEvent):
             if node.uploads is not None:
                 node.uploads.handle(event.event)
+        elif isinstance(event, Judged):
+            node.dispatch.judged(event, now)
         elif isinstance(event, Published):
             node.delivery.published(event.mid, event.refusal)
+        elif isinstance(event, Subscribed):
+            for topic, refusal in zip(self._filters, event.refusals, strict=False):
+                if refusal is not None:
+                    log.error("the broker refuses the subscription to %s: %s", topic, refusal)
         elif isinstance(event, Connected):
             self._connected(event, now)
         elif isinstance(event, Disconnected):
@@ -179,6 +203,8 @@ class Daemon:
             log.warning("%s", event.reason)
         elif isinstance(event, GaveUp):
             self._gave_up = event.reason
+        elif isinstance(event, ReloadRequested):
+            self._reload()
         else:
             self._stop_requests += 1
 
@@ -196,7 +222,8 @@ class Daemon:
         node.supervisor.tick(now, busy=bool(node.book.running))
         if not node.status.draining:
             node.dispatch.start_next(now)
-        owners = (node.book.waiting, node.book.running, node.conversations.owners)
+        judging = node.dispatch.judging
+        owners = (node.book.waiting, node.book.running, judging, node.conversations.owners)
         node.store.release_all_but({*chain(*owners), *node.blobs.ids})
         node.delivery.send_waiting()
         node.journal.tick()
@@ -204,8 +231,21 @@ class Daemon:
             node.status.tick(now)
             node.home_assistant.tick(node.governor.snapshot)
         node.metrics.tick(now)
-        phase, reason = node.status.phase()
-        self._notifier.status(phase if reason is None else f"{phase}: {reason}")
+        self._tell_systemd(now)
+
+    def _tell_systemd(self, now: float) -> None:
+        """Ready is who can answer or say why not: with an engine, or known to get none soon.
+
+        A connection to the broker is not waited for. This is called once a turn of the loop, which
+        stands still where an engine that hangs cannot even be killed: then the watchdog bites.
+        """
+        phase, reason = self.node.status.phase()
+        text = phase if reason is None else f"{phase}: {reason}"
+        self._notifier.status(text if self._online else f"{text}; not connected to the broker")
+        if phase in ("ready", "degraded") and not self._reloads:
+            self._notifier.ready()
+        elif phase != "draining":
+            self._notifier.extend(now)
         self._notifier.alive(now)
 
     # What events mean
@@ -240,14 +280,14 @@ class Daemon:
             )
         log.info("connected (connection %d)", event.connection)
         generate = node.topics.request("generate")
-        node.transport.subscribe(
-            [
-                *(Subscription(topic, 1) for topic in (generate, *node.topics.shared)),
-                *(Subscription(node.topics.request(verb), 0) for verb in CONTROL_VERBS),
-                Subscription(node.topics.availability, 0),
-                *node.home_assistant.subscriptions(),
-            ]
-        )
+        subscriptions = [
+            *(Subscription(topic, 1) for topic in (generate, *node.topics.shared)),
+            *(Subscription(node.topics.request(verb), 0) for verb in CONTROL_VERBS),
+            Subscription(node.topics.availability, 0),
+            *node.home_assistant.subscriptions(),
+        ]
+        self._filters = [item.topic_filter for item in subscriptions]
+        node.transport.subscribe(subscriptions)
         node.presence.connected(node.transport, event.connection)
         node.status.announce(now)
         node.home_assistant.connected()
@@ -263,10 +303,27 @@ class Daemon:
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self.events.put(StopRequested())
 
+    def _on_hangup(self, _number: int, _frame: FrameType | None) -> None:
+        self.events.put(ReloadRequested())
+
+    def _reload(self) -> None:
+        """Leave the main loop if the configuration on the disk is right, else say what is wrong."""
+        self._notifier.reloading()
+        try:
+            self._check_configuration()
+        except NestdError as error:
+            log.error("not reloaded, what was in force stays so: %s", error)
+            self._notifier.ready()
+        else:
+            log.info("reloading: the node starts again with the new configuration")
+            self._reloads = True
+
     # Helpers
 
-    def _is_running(self) -> bool:
-        return any(record.state == "running" for record in self.node.book.running)
+    def _running(self) -> tuple[RequestRecord, ...]:
+        """Return what the engine has, and what it has answered and the filter judges."""
+        records = (*self.node.book.running, *self.node.dispatch.judging)
+        return tuple(record for record in records if record.state == "running")
 
     def _hand_back(self, records: tuple[RequestRecord, ...]) -> None:
         """Leave requests to the broker, and answer those that it has not kept (QoS 0)."""

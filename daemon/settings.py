@@ -20,7 +20,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from nestd.daemon.elastic.settings import ElasticSettings
-from nestd.daemon.engine.messages import EngineOptions
+from nestd.daemon.engine.messages import CPU_PROVIDERS, EngineOptions
+from nestd.daemon.filter import FilterSettings
 from nestd.daemon.prompt.media import MediaLimits
 from nestd.daemon.section import Count, PositiveSeconds, Seconds, Section, in_order
 from nestd.daemon.units import ByteSize
@@ -66,6 +67,7 @@ def _topic_filter(text: str) -> str:
 
 
 Level = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_node)]
+ExecutionProvider = Annotated[str, Field(pattern=r"^[A-Za-z]+ExecutionProvider$")]
 TopicFilter = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_topic_filter)]
 
 
@@ -167,6 +169,7 @@ class EngineSettings(Section):
         prompt_lookup: guess an answer's next tokens from its prompt while it runs alone.
         session_cache_bytes: keys and values of ended answers, kept for prompts that begin alike.
         session_cache_s: how long they are kept after they were last of use.
+        execution_providers: of ONNX Runtime, under its names, the preferred first.
     """
 
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
@@ -177,6 +180,9 @@ class EngineSettings(Section):
     prompt_lookup: bool = True
     session_cache_bytes: ByteSize
     session_cache_s: Seconds = 600.0
+    execution_providers: Annotated[tuple[ExecutionProvider, ...], Field(min_length=1)] = (
+        CPU_PROVIDERS
+    )
 
 
 class LimitSettings(Section):
@@ -258,6 +264,8 @@ class Settings(Section):
     Attributes:
         profile: name of the device profile in force (or the path of one of your own).
         node: this node's level in topics; None takes the host name.
+        bundle_sha256: digest that the bundle must have, as `nestd inspect` prints it.
+        bundle_signers: an allowed_signers file (ssh-keygen(1)); one of these has signed the bundle.
         sysroot: `/proc` and `/sys` are read below this directory, so that a recorded tree can take
             the board's place.
         weights: `mapped` keeps weights in files that the kernel may drop and read again;
@@ -269,6 +277,8 @@ class Settings(Section):
     profile: str
     node: Level | None = None
     bundle: Path | None = None
+    bundle_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    bundle_signers: Path | None = None
     sysroot: Path = Path("/")
     mqtt: MqttSettings = MqttSettings()
     home_assistant: HomeAssistantSettings = HomeAssistantSettings()
@@ -279,9 +289,22 @@ class Settings(Section):
     media: MediaSettings
     elastic: ElasticSettings
     metrics: MetricsSettings = MetricsSettings()
+    filter: FilterSettings = FilterSettings()
     health_interval_s: Annotated[float, Field(ge=1, le=86400)] = 60.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        others = set(self.engine.execution_providers) - set(CPU_PROVIDERS)
+        if others and self.weights == "mapped":
+            raise PydanticCustomError(
+                "providers",
+                "must be `resident` where engine.execution_providers names more than the CPU: "
+                "mapped weights are laid out for the CPU",
+                {"keys": ("weights",)},
+            )
+        return self
 
     @property
     def node_name(self) -> str:
@@ -316,9 +339,12 @@ class Settings(Section):
     @property
     def state_path(self) -> Path:
         """`state_directory`, or systemd's, or the one that the XDG specification names."""
-        if self.state_directory is not None:
-            return self.state_directory
-        if systemd := os.environ.get("STATE_DIRECTORY"):
-            return Path(systemd.split(":")[0])
-        home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-        return Path(home) / "nestd"
+        return self.state_directory or default_state_path()
+
+
+def default_state_path() -> Path:
+    """Return systemd's StateDirectory, or what the XDG specification names."""
+    if systemd := os.environ.get("STATE_DIRECTORY"):
+        return Path(systemd.split(":")[0])
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(home) / "nestd"

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 LOADS_BEFORE_DEGRADED = 3
 LONGEST_PAUSE_SECONDS = 60.0
 # An engine at work sends statistics every second; a prefill chunk of a slow board may take longer.
+# One that loads says nothing, and may take minutes; but it uses the processor.
 STALL_SECONDS = 180.0
 
 
@@ -28,6 +29,10 @@ class EngineHandle(Protocol):
     @property
     def pid(self) -> int | None:
         """The process id, None before `start`."""
+
+    @property
+    def cpu_seconds(self) -> float | None:
+        """Processor time used so far, None where there is no process to ask."""
 
     def start(self) -> None:
         """Spawn the process."""
@@ -63,6 +68,7 @@ class Supervisor:
         self._generation = 0
         self._failed_loads = 0
         self._last_event = 0.0
+        self._load_cpu_seconds: float | None = None
         self._respawn_at: float | None = None
         self.state: Literal["off", "loading", "ready"] = "off"
         self.exits = 0
@@ -88,7 +94,7 @@ class Supervisor:
         """Start a new process."""
         self._respawn_at = None
         self._generation += 1
-        self._last_event = now
+        self._last_event, self._load_cpu_seconds = now, None
         generation = self._generation
         self._engine = self._make_engine(lambda event: self._emit(EngineEvent(generation, event)))
         self.state = "loading"
@@ -128,10 +134,16 @@ class Supervisor:
             self._engine.send(command)
 
     def tick(self, now: float, busy: bool) -> None:
-        """Start a process that is due; kill one that hangs."""
+        """Start a process that is due; kill one that hangs, at work or while it loads."""
         if self._respawn_at is not None and now >= self._respawn_at:
             self.start(now)
-        elif busy and self._engine is not None and now - self._last_event > STALL_SECONDS:
+            return
+        if self._engine is None:
+            return
+        loading = self.state == "loading"
+        if loading and (used := self._engine.cpu_seconds) != self._load_cpu_seconds:
+            self._last_event, self._load_cpu_seconds = now, used
+        if (busy or loading) and now - self._last_event > STALL_SECONDS:
             log.error("the engine has been silent for %.0f s: killing it", STALL_SECONDS)
             self._last_event = now
             self._engine.kill()

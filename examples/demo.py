@@ -3,13 +3,16 @@
     python examples/demo.py [--once] [--work DIRECTORY]
 
 Converts pocket (the small Gemma 3n of examples/pocket), starts an MQTT broker and the daemon, asks
-over MQTT at different sizes, switches size in the middle of an answer, and stops everything. Uses
-Mosquitto where it is installed, else the broker that the `demo` extra brings along.
+over MQTT at different sizes, switches size in the middle of an answer, shows it a picture and lets
+it hear a clip, unloads its encoders, and stops everything. Uses Mosquitto where it is installed,
+else the broker that the `demo` extra brings along; and where torch is missing, which encoders need
+to be converted, the bundle that lies beside pocket's checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import shutil
 import socket
 import subprocess
@@ -18,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,7 @@ from nestd.client.connection import Client, new_client_id
 from nestd.daemon.mqtt.packets import TransportOptions
 from nestd.daemon.mqtt.transport import PahoTransport
 
-ROOT = Path(__file__).parents[1]
+POCKET = Path(__file__).parent / "pocket"
 PATIENCE = 60.0
 QUESTIONS = (
     "turn on the lamp in the kitchen",
@@ -37,6 +41,12 @@ QUESTIONS = (
 LONG_QUESTION = (
     "when the air humidity in the bedroom is more than 70 percent and the PM2.5 in the living room "
     "gets above 20 micrograms move the curtains in the children's room to 30%"
+)
+# What stands before the medium, the file, what stands behind it.
+MEDIA = (
+    ("image", "set the thermostat in the office to", "counter-21.png", "degrees"),
+    ("image", "set a timer for", "handwritten-7.png", "minutes"),
+    ("audio", "", "close-the-curtains.wav", ""),
 )
 # pocket answers within a twentieth of a second, so a switch may come when the answer is over.
 SWITCH_ATTEMPTS = 10
@@ -81,6 +91,9 @@ def main() -> None:
             pairs = zip(QUESTIONS, spread, strict=True)
             answered = [ask(client, question, size) for question, size in pairs]
             answered.append(ask_and_switch(client, LONG_QUESTION, sizes[-1], sizes[0]))
+            say(f"loaded before the first picture: {loaded(client)}")
+            answered += [ask_about(client, *medium, sizes[-1]) for medium in MEDIA]
+            answered.append(unload(client))
         if not all(answered):
             print((work / "nestd.log").read_text(encoding="utf-8"), file=sys.stderr)
     say("stopped; nothing is left running")
@@ -93,12 +106,16 @@ def say(text: str) -> None:
 
 
 def convert(work: Path) -> Bundle:
-    """Convert pocket, unless an earlier demo did."""
-    path = work / "pocket"
+    """Convert pocket; without torch copy the bundle that was made of it."""
+    path, checkpoint = work / "pocket", POCKET / "checkpoint"
     shutil.rmtree(path, ignore_errors=True)
-    say("nestd convert examples/pocket/checkpoint: all sizes into one bundle")
-    checkpoint = ROOT / "examples" / "pocket" / "checkpoint"
-    subprocess.run([nestd(), "convert", str(checkpoint), str(path)], check=True)
+    if find_spec("torch") is None:
+        say("torch is not installed, which encoders need to be converted: taking pocket's bundle")
+        shutil.copytree(POCKET / "bundle", path)
+    else:
+        say("nestd convert examples/pocket/checkpoint: all sizes into one bundle")
+        options = ["--image-sizes", "256"]
+        subprocess.run([nestd(), "convert", str(checkpoint), str(path), *options], check=True)
     return Bundle.open(path)
 
 
@@ -213,6 +230,34 @@ def ask_and_switch(client: Client, question: str, first: str, second: str) -> bo
     return False
 
 
+def ask_about(client: Client, kind: str, before: str, file: str, after: str, size: str) -> bool:
+    """Ask with a picture or a clip; return whether it was answered."""
+    say(f"{size}: {before} [{file}] {after}")
+    data = (POCKET / "samples" / file).read_bytes()
+    medium = {"type": kind, "data": base64.b64encode(data).decode()}
+    parts = [{"type": "text", "text": before}, medium, {"type": "text", "text": after}]
+    content = [part for part in parts if part.get("text") != ""]
+    done = show(client, client.ask(request(content, size), PATIENCE))
+    print(f"    loaded: {loaded(client)}")
+    return done is not None
+
+
+def unload(client: Client) -> bool:
+    """Unload the encoders; return whether they have gone."""
+    say('request/modality {"modality": "all", "unload": true}')
+    client.control("modality", {"modality": "all", "unload": True})
+    deadline = time.monotonic() + PATIENCE
+    while client.state()["modalities"] != ["text"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    print(f"    loaded: {loaded(client)}")
+    return bool(client.state()["modalities"] == ["text"])
+
+
+def loaded(client: Client) -> str:
+    """Say which modalities are loaded, from the node's retained state."""
+    return ", ".join(client.state()["modalities"])
+
+
 def switching(client: Client, fields: dict[str, Any], size: str) -> Iterator[dict[str, Any]]:
     """Ask, switch the running answer to `size` at its first delta, and yield all events."""
     switched = False
@@ -223,7 +268,7 @@ def switching(client: Client, fields: dict[str, Any], size: str) -> Iterator[dic
         yield event
 
 
-def request(question: str, size: str) -> dict[str, Any]:
+def request(question: str | list[dict[str, str]], size: str) -> dict[str, Any]:
     """Return the request's JSON."""
     return {
         "id": f"demo-{time.monotonic_ns()}",

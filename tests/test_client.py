@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ def test_a_program_asks_and_controls(mosquitto: Mosquitto) -> None:
         events = list(client.ask(request("one two"), PATIENCE))
         assert [event["event"] for event in events] == ["accepted", "delta", "delta", "done"]
         assert client.control("submodel", {"submodel": "small"})["ok"]
+
+
+def test_a_program_looks_at_the_state_of_the_moment_again_and_again(mosquitto: Mosquitto) -> None:
+    with daemon(mosquitto), connect(broker(mosquitto), node="node") as client:
+        assert client.state()["submodel_wanted"] == "auto"
+        client.control("submodel", {"submodel": "small"})
+        deadline = time.monotonic() + PATIENCE
+        while client.state()["submodel_wanted"] == "auto" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert client.state()["submodel_wanted"] == "small"
 
 
 def test_the_only_node_needs_no_name_and_a_missing_one_is_said(mosquitto: Mosquitto) -> None:

@@ -18,10 +18,21 @@ ROOT = Path(__file__).parents[1]
 ARROWS = {
     "bundle": {"bundle"},
     "device_profiles": {"device_profiles", "bundle"},
+    "systemd": {"systemd"},
     "conversion": {"conversion", "bundle"},
     "daemon": {"daemon", "bundle", "device_profiles"},
     "client": {"client", "daemon", "bundle"},
-    "cli": {"cli", "client", "daemon", "conversion", "bundle", "device_profiles"},
+    "dashboard": {"dashboard", "bundle"},
+    "cli": {
+        "cli",
+        "client",
+        "daemon",
+        "conversion",
+        "bundle",
+        "dashboard",
+        "device_profiles",
+        "systemd",
+    },
 }
 # Each has one owner, a file in this folder.
 OWNERS = {"onnxruntime": "daemon/engine", "paho": "daemon/mqtt"}

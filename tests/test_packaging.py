@@ -15,7 +15,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("bundle", "cli", "client", "conversion", "daemon", "device_profiles")
+PACKAGES = (
+    "bundle",
+    "cli",
+    "client",
+    "conversion",
+    "daemon",
+    "dashboard",
+    "device_profiles",
+    "systemd",
+)
 # Paths and hosts of one machine; the brackets keep this line from matching itself.
 MACHINES = re.compile(r"[/]work/|[/]root/|[p]ypi\.org|[p]ythonhosted")
 

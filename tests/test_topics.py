@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nestd.bundle.errors import BadRequest, ConfigError
-from nestd.daemon.mqtt.topics import Topics, client_of, matches
+from nestd.daemon.mqtt.topics import Topics, answers_to, client_of, matches
 
 SOURCES = Path(__file__).parents[1]
 TOPICS = Topics("nestd", "kitchen")
@@ -117,3 +117,13 @@ def test_only_the_transport_imports_paho() -> None:
         if re.search(r"^\s*(import|from) paho", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert importers == {"daemon/mqtt/transport.py"}
+
+
+def test_answers_come_to_the_login_where_there_is_one() -> None:
+    assert answers_to("app-1", None) == "app-1"
+    topic = f"clients/{answers_to('app-1', 'phone')}/replies"
+    assert topic == "clients/phone/app-1/replies"
+    assert TOPICS.check_response_topic(topic) == topic
+    assert client_of(topic) == "phone"
+    # Such a login cannot be a level of a topic.
+    assert answers_to("app-1", "a/b") == "app-1"

@@ -97,5 +97,5 @@ def test_a_password_is_the_first_line_of_its_file_and_not_in_the_options_repr(
 
 
 def test_tls_files_that_are_missing_are_named_at_once() -> None:
-    with pytest.raises(ConfigError, match="TLS"):
+    with pytest.raises(ConfigError, match="cannot use mqtt.ca_file"):
         PahoTransport(TransportOptions("localhost", tls=True, ca_file="/nonexistent"))

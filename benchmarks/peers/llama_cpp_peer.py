@@ -53,6 +53,10 @@ class Model:
         logits = llama_cpp.llama_get_logits_ith(self._context, -1)
         return int(np.ctypeslib.as_array(logits, shape=(self._vocabulary,)).argmax())
 
+    def forget(self) -> None:
+        """Empty the cache: the next tokens begin a sequence."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), False)
+
     def close(self) -> None:
         llama_cpp.llama_free(self._context)
         llama_cpp.llama_model_free(self._model)

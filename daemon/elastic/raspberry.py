@@ -16,6 +16,7 @@ from pathlib import Path
 from nestd.daemon.elastic.sysfs import children, hwmons, read_int, read_text
 
 _UNDER_VOLTAGE, _CLOCK_CAPPED, _THROTTLED, _SOFT_LIMIT = (1 << bit for bit in range(4))
+_WAS_UNDER_VOLTAGE = _UNDER_VOLTAGE << 16
 
 # _IOWR(100, 0, char *) of the firmware driver, and vcgencmd's message layout.
 _IOCTL_MBOX_PROPERTY = 0xC0086400
@@ -31,12 +32,14 @@ class Raspberry:
 
     Attributes:
         under_voltage: the supply is below 4.63 V now.
+        was_under_voltage: it was, since the board started.
         throttled: the firmware holds the clock down now (heat or under-voltage).
         volts: at the 5 V input (Pi 5).
         watts: of the rails behind the PMIC (Pi 5): USB devices and HATs on 5 V are not in it.
     """
 
     under_voltage: bool | None = None
+    was_under_voltage: bool | None = None
     throttled: bool | None = None
     volts: float | None = None
     watts: float | None = None
@@ -63,6 +66,7 @@ class RaspberrySource:
         held = _CLOCK_CAPPED | _THROTTLED | _SOFT_LIMIT
         return Raspberry(
             under_voltage=under_voltage,
+            was_under_voltage=None if flags is None else bool(flags & _WAS_UNDER_VOLTAGE),
             throttled=None if flags is None else bool(flags & held),
             volts=volts,
             watts=watts,

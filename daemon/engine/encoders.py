@@ -111,7 +111,9 @@ class Encoders:
             path = prepared_encoder(
                 self._bundle, graph, options.prepared_directory, options.threads
             )
-        session = self._sessions[graph] = load_graph(path, options.threads, arena=False)
+        session = self._sessions[graph] = load_graph(
+            path, options.threads, arena=False, providers=options.execution_providers
+        )
         log.info("%s loaded in %.1f s", graph, time.monotonic() - began)
         self._count()
         return session

@@ -78,7 +78,11 @@ class Graphs:
             advise(address, length, mmap.MADV_RANDOM)
         self._residency: Residency | None = None
         if options.prepared_directory is None:
-            self._decoder = load_graph(bundle.file("decoder.onnx"), options.threads)
+            self._decoder = load_graph(
+                bundle.file("decoder.onnx"),
+                options.threads,
+                providers=options.execution_providers,
+            )
         else:
             prepared = prepared_decoder(bundle, options.prepared_directory, options.threads)
             self._decoder = load_graph(prepared / GRAPH, options.threads)

@@ -23,6 +23,10 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# ONNX Runtime's own name.
+CPU_PROVIDERS = ("CPUExecutionProvider",)
+
+
 class EngineOptions(_Message):
     """How the engine loads a bundle.
 
@@ -35,6 +39,7 @@ class EngineOptions(_Message):
         prompt_lookup: guess an answer's next tokens from its prompt while it runs alone.
         prepared_directory: where weights prepared for this CPU are kept and mapped from; None keeps
             the weights in private memory.
+        execution_providers: of ONNX Runtime, for the decoder and the encoders, the preferred first.
         media: what one picture, clip or film may be.
         feature_cache_bytes: encoded media that are kept for the next request with the same bytes.
         session_cache_bytes: keys and values of ended answers, kept for prompts that begin alike.
@@ -49,6 +54,7 @@ class EngineOptions(_Message):
     max_stall_seconds: Annotated[float, Field(gt=0, le=60)] = 0.25
     prompt_lookup: bool = True
     prepared_directory: Path | None = None
+    execution_providers: Annotated[tuple[str, ...], Field(min_length=1)] = CPU_PROVIDERS
     media: MediaLimits = MediaLimits()
     feature_cache_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
     session_cache_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024

@@ -9,6 +9,10 @@ The files belong to one bundle, one ONNX Runtime version and one kind of CPU, so
 the device, at the first start and again when any of these changes. They hold the original matrices
 as well (ONNX Runtime compares): 2.1 times the graph's bytes. The decoder is prepared when the
 engine starts, an encoder when it is needed for the first time.
+
+On a CPU without a kernel for blockwise int8 the decoder gets another form first
+(`per_channel.py`). Encoders keep theirs: they run hundreds of rows at once, for which dequantising
+a matrix costs little.
 """
 
 from __future__ import annotations
@@ -17,7 +21,6 @@ import errno
 import hashlib
 import json
 import logging
-import platform
 import re
 import shutil
 import tempfile
@@ -29,6 +32,8 @@ from typing import Any
 
 from nestd.bundle.errors import BundleError
 from nestd.bundle.manifest import Bundle
+from nestd.daemon.engine import per_channel
+from nestd.daemon.engine.cpu_class import CpuClass, detect
 from nestd.daemon.engine.sessions import VERSION, save_prepared
 
 GRAPH = "decoder.onnx"
@@ -37,6 +42,8 @@ PARTS = "parts.json"
 ORIGINALS = "originals"
 # Bytes on disk per byte of weights: originals, rearranged copies, and alignment.
 GROWTH = 2.2
+# The same while the decoder's other form lies beside them.
+GROWTH_PER_CHANNEL = GROWTH + 1
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +59,8 @@ def prepared_decoder(bundle: Bundle, directory: Path, threads: int | None) -> Pa
     Raises:
         BundleError: the disk is too small, or ONNX Runtime refuses the graph.
     """
-    needed = int(GROWTH * bundle.manifest.submodels[-1].decoder_bytes)
+    growth = GROWTH if detect().blockwise_int8 else GROWTH_PER_CHANNEL
+    needed = int(growth * bundle.manifest.submodels[-1].decoder_bytes)
     return _prepared(bundle, "decoder", ("decoder.", "embed_tokens."), needed, directory, threads)
 
 
@@ -108,12 +116,20 @@ def _prepared(
 
 
 def _make(bundle: Bundle, graph: str, directory: Path, target: Path, threads: int | None) -> None:
-    log.info("preparing weights for this CPU (%s); this happens once and takes a while", graph)
+    cpu = detect()
+    log.info("preparing weights for this CPU: %s, %s; this takes a while, once", graph, cpu)
     start = time.monotonic()
     staging = Path(tempfile.mkdtemp(prefix=".preparing-", dir=directory))
     try:
         file = staging / f"{graph}.onnx"
-        save_prepared(bundle.file(file.name), file, staging / f"{graph}.data", threads)
+        source = bundle.file(file.name)
+        derived = staging / "derived"
+        if file.name == GRAPH and not cpu.blockwise_int8:
+            log.info("this CPU has no kernel for blockwise int8: one scale a channel instead")
+            source = per_channel.derive(source, derived)
+        save_prepared(source, file, staging / f"{graph}.data", threads)
+        if derived.is_dir():
+            shutil.rmtree(derived)
         if file.name == GRAPH:
             parts = json.dumps(_parts(file, bundle.manifest.model.nested_intermediate_size))
             (staging / PARTS).write_text(parts, encoding="ascii")
@@ -128,17 +144,12 @@ def _make(bundle: Bundle, graph: str, directory: Path, target: Path, threads: in
 def _key(bundle: Bundle, files: tuple[str, ...]) -> str:
     entries = bundle.manifest.files
     parts = [entries[name].sha256 for name in sorted(entries) if name.startswith(files)]
-    return hashlib.sha256("\n".join([*parts, VERSION, _cpu()]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([*parts, VERSION, _cpu(detect())]).encode()).hexdigest()
 
 
-def _cpu() -> str:
-    """Return what ONNX Runtime's choice of kernels depends on: architecture and CPU features."""
-    features = []
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features", "CPU part"):
-            features.append(" ".join(sorted(value.split())))
-    return "\n".join([platform.machine(), *sorted(set(features))])
+def _cpu(cpu: CpuClass) -> str:
+    """Return what the choice of kernels and of the graph's form depends on."""
+    return "\n".join([cpu.machine, cpu.name, *cpu.features])
 
 
 def _remove_outdated(stem: str, directory: Path) -> None:

@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 from nestd.daemon.engine.messages import EVENTS, Command, EngineOptions, Event, Exited, Stop
 
 
@@ -40,6 +42,17 @@ class EngineProcess:
     def alive(self) -> bool:
         """The process has been started and has not ended."""
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def cpu_seconds(self) -> float | None:
+        """Processor time used so far, None where there is no process to ask."""
+        if self._process is None:
+            return None
+        try:
+            times = psutil.Process(self._process.pid).cpu_times()
+        except psutil.NoSuchProcess:
+            return None
+        return float(times.user + times.system)
 
     def start(self) -> None:
         """Start the process; `Ready` or `LoadFailed` follows."""

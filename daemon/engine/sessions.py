@@ -1,10 +1,12 @@
 """ONNX Runtime as nestd uses it; the only file that imports onnxruntime.
 
-Everything runs on the CPU. A `Session` here is an `ort.InferenceSession`, nothing else.
+Everything runs on the CPU unless execution providers are named (docs/arm.md). A `Session` here is
+an `ort.InferenceSession`, nothing else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from nestd.bundle.errors import BundleError
+from nestd.daemon.engine.messages import CPU_PROVIDERS
 
 VERSION: str = ort.__version__
 Session = Any  # ort.InferenceSession, which has no types
@@ -22,20 +25,26 @@ Session = Any  # ort.InferenceSession, which has no types
 SPIN_MICROSECONDS = "500"
 
 
-def load_graph(path: Path, threads: int | None, arena: bool = True) -> Session:
+def load_graph(
+    path: Path,
+    threads: int | None,
+    arena: bool = True,
+    providers: Sequence[str] = CPU_PROVIDERS,
+) -> Session:
     """Load one ONNX graph; its external data lie beside it.
 
     Args:
         path: the .onnx file.
         threads: intra-operator threads, None for ONNX Runtime's choice.
         arena: keep the memory of activations for the next run; False gives it back after each.
+        providers: execution providers, the preferred first; the CPU takes what none of them does.
 
     Raises:
-        BundleError: ONNX Runtime cannot load it.
+        BundleError: ONNX Runtime cannot load it, or has not all of `providers`.
     """
     options = _options(threads)
     options.enable_cpu_mem_arena = arena
-    return _session(path, options)
+    return _session(path, options, providers)
 
 
 def save_prepared(path: Path, graph: Path, data: Path, threads: int | None) -> None:
@@ -56,6 +65,11 @@ def save_prepared(path: Path, graph: Path, data: Path, threads: int | None) -> N
     _session(path, options)
 
 
+def providers() -> list[str]:
+    """Return ONNX Runtime's execution providers here; nestd uses the CPU's only."""
+    return list(ort.get_available_providers())
+
+
 def share(buffer: npt.NDArray[np.float32] | npt.NDArray[np.int32]) -> Any:  # noqa: ANN401  (an OrtValue)
     """Return an OrtValue on the memory of `buffer`, which must outlive it."""
     return ort.OrtValue.ortvalue_from_numpy(buffer)
@@ -69,8 +83,24 @@ def _options(threads: int | None) -> ort.SessionOptions:
     return options
 
 
-def _session(path: Path, options: ort.SessionOptions) -> Session:
+def _session(
+    path: Path, options: ort.SessionOptions, providers: Sequence[str] = CPU_PROVIDERS
+) -> Session:
+    available = ort.get_available_providers()
+    if missing := [name for name in providers if name not in available]:
+        raise BundleError(
+            f"engine.execution_providers names {', '.join(missing)}, but this onnxruntime "
+            f"{VERSION} has only {', '.join(available)}: install onnxruntime-gpu in its place "
+            "(docs/arm.md says where from for a Jetson), or leave the name out"
+        )
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # onnxruntime's exceptions share no base but Exception
         raise BundleError(f"ONNX Runtime cannot load {path}: {error}") from error
+    # One that does not start (its libraries are missing) is left out with no more than a warning.
+    if failed := [name for name in providers if name not in session.get_providers()]:
+        raise BundleError(
+            f"ONNX Runtime cannot start {', '.join(failed)}: its log above says which library is "
+            "missing; install that, or leave the name out of engine.execution_providers"
+        )
+    return session

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def _options(
         tls=mqtt.tls,
         ca_file=_text(mqtt.ca_file),
         certificate_file=_text(mqtt.cert_file),
-        key_file=_text(mqtt.key_file),
+        key_file=_text(secret_path(mqtt.key_file)),
         clean_start=clean_start,
         session_expiry_interval=session_expiry_interval,
         receive_maximum=receive_maximum,
@@ -85,8 +86,18 @@ def _options(
     )
 
 
-def read_password(path: Path | None) -> str | None:
+def secret_path(path: Path | None) -> Path | None:
+    """Return where a secret lies: a relative path is one of systemd's credentials, if it has any.
+
+    Source: systemd.exec(5), LoadCredential= and $CREDENTIALS_DIRECTORY.
+    """
+    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    return path if path is None or credentials is None else Path(credentials) / path
+
+
+def read_password(file: Path | None) -> str | None:
     """Return the first line of the password file; ConfigError if it cannot be read."""
+    path = secret_path(file)
     if path is None:
         return None
     try:

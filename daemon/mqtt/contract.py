@@ -204,7 +204,8 @@ class ConversationTurn(ContractModel):
 class Done(ContractModel):
     """The whole answer.
 
-    `tool_call` is `text` as a call, where it is one; `finish_reason` is then `tool_call`.
+    `tool_call` is `text` as a call, where it is one; `finish_reason` is then `tool_call`. With
+    `content_filter` the node's filter has put `text` in the answer's place.
 
     `switches` starts with the first size. `joules` is what the board used meanwhile (health's
     `watts_scope` says what that covers), null where it cannot tell.
@@ -215,7 +216,7 @@ class Done(ContractModel):
     attempt: int
     seq: int
     text: str
-    finish_reason: FinishReason | Literal["tool_call"]
+    finish_reason: FinishReason | Literal["tool_call", "content_filter"]
     tool_call: ToolCall | None = None
     conversation: ConversationTurn | None = None
     submodel: str

@@ -86,7 +86,17 @@ class Published:
     refusal: str | None = None
 
 
-TransportEvent = Received | Connected | Disconnected | GaveUp | Published
+@dataclass(frozen=True, slots=True)
+class Subscribed:
+    """The broker answers a SUBSCRIBE: why it refuses each filter, in their order, or None.
+
+    A broker may also grant a filter and then send nothing: Mosquitto does so with an ACL file.
+    """
+
+    refusals: tuple[str | None, ...]
+
+
+TransportEvent = Received | Connected | Disconnected | GaveUp | Published | Subscribed
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,6 +138,20 @@ def pool_request(prefix: str, pool: str) -> str:
     return f"{prefix}/{VERSION}/pool/{pool}/request/generate"
 
 
+def answers_to(client_id: str, username: str | None) -> str:
+    """Return the levels behind `clients/` under which a client gets its answers.
+
+    Where there is a login they begin with it: a broker knows who logged in, while a client id is
+    what a client says it is (examples/mosquitto/acl). A login that cannot be a level is left out.
+    """
+    if username is None:
+        return client_id
+    try:
+        return f"{check_level('mqtt.username', username)}/{client_id}"
+    except ConfigError:
+        return client_id
+
+
 def client_of(response_topic: str) -> str:
     """Return the client that a response topic belongs to; ids are unique per client.
 

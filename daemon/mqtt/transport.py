@@ -35,7 +35,6 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from nestd.bundle.errors import ConfigError
 from nestd.daemon.mqtt.packets import (
     Connected,
     Disconnected,
@@ -44,10 +43,12 @@ from nestd.daemon.mqtt.packets import (
     Message,
     Published,
     Received,
+    Subscribed,
     Subscription,
     TransportEvent,
     TransportOptions,
 )
+from nestd.daemon.mqtt.tls import explain, explain_alert, tls_context
 
 log = logging.getLogger(__name__)
 
@@ -86,11 +87,13 @@ class PahoTransport:
         self._client.max_queued_messages_set(options.max_outgoing)
         self._client.username_pw_set(options.username, options.password)
         if options.tls:
-            self._client.tls_set_context(_tls_context(options))
+            self._client.tls_set_context(tls_context(options))
         self._client.on_connect = self._on_connect
         self._client.on_disconnect = self._on_disconnect
         self._client.on_message = self._on_message
         self._client.on_publish = self._on_publish
+        self._client.on_subscribe = self._on_subscribe
+        self._client.on_log = self._on_log
         self._client.on_socket_open = _send_at_once
         self._client.on_socket_register_write = self._on_want_write
         self._emit: Callable[[TransportEvent], None] = _drop
@@ -105,6 +108,7 @@ class PahoTransport:
         self._connection = 0
         self._accepted = False
         self._ever_accepted = False
+        self._hanging_up = False
         self._reason = ""
         self._hopeless: str | None = None
         # Messages of QoS 0 that paho has taken and perhaps not yet written to the socket.
@@ -164,10 +168,11 @@ class PahoTransport:
             self._client.ack(received.mid, received.qos)
         return True
 
-    def stop(self, timeout: float) -> None:
-        """Disconnect cleanly, within `timeout` seconds."""
+    def stop(self, timeout: float, will: bool = False) -> None:
+        """Disconnect within `timeout` seconds: cleanly, or so that the broker sends the `will`."""
+        self._hanging_up = will
         self._stopping.set()
-        if self._accepted:
+        if self._accepted and not will:
             self._client.disconnect()
         self._wake()
         if self._thread.is_alive():
@@ -193,7 +198,7 @@ class PahoTransport:
                 self._connect()
                 self._serve()
             except OSError as error:
-                self._reason = f"cannot reach the broker: {error}"
+                self._reason = explain(error, self._options.host)
             except _PROTOCOL_ERRORS as error:
                 log.exception("the broker's answer is not MQTT")
                 self._reason = f"the broker's answer is not MQTT: {error}"
@@ -265,7 +270,8 @@ class PahoTransport:
             if sock in writable or self._client.want_write():
                 self._client.loop_write()
             self._client.loop_misc()
-            if self._stopping.is_set() and not self._accepted:
+            if self._stopping.is_set() and (self._hanging_up or not self._accepted):
+                sock.close()
                 return
             if not self._accepted and time.monotonic() > deadline:
                 raise TimeoutError("no CONNACK came")
@@ -337,7 +343,26 @@ class PahoTransport:
         _properties: Properties,
     ) -> None:
         # paho calls this for QoS 0 too, once the bytes are written; nobody waits for such a mid.
-        self._emit(Published(mid, str(reason) if reason.is_failure else None))
+        self._emit(Published(mid, _refusal(reason)))
+
+    def _on_subscribe(
+        self,
+        _client: Client,
+        _userdata: object,
+        _mid: int,
+        reasons: list[ReasonCode],
+        _properties: Properties | None,
+    ) -> None:
+        self._emit(Subscribed(tuple(_refusal(reason) for reason in reasons)))
+
+    def _on_log(self, _client: Client, _userdata: object, _level: int, text: str) -> None:
+        # With TLS 1.3 the broker refuses our certificate after the handshake, in the first bytes
+        # that we read, and what paho read there it tells only in its log.
+        self._reason = explain_alert(text) or self._reason
+
+
+def _refusal(reason: ReasonCode) -> str | None:
+    return str(reason) if reason.is_failure else None
 
 
 def _is_written(info: MQTTMessageInfo) -> bool:
@@ -388,13 +413,3 @@ def _properties(message: Message, packet_type: int) -> Properties:
     if message.user_properties:
         properties.UserProperty = list(message.user_properties)
     return properties
-
-
-def _tls_context(options: TransportOptions) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=options.ca_file)
-        if options.certificate_file is not None:
-            context.load_cert_chain(options.certificate_file, options.key_file)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"cannot use the TLS files of mqtt: {error}") from error
-    return context

@@ -5,7 +5,7 @@ three carry the number. A clip's code is one vector for each word, with a blank
 between and behind. Both are learned through the language model in all its sizes, without a tower:
 that is quick, and a tower then learns from labels which vector belongs where.
 
-`python codes.py` writes codes.pt into the pools' folder.
+`python codes.py` writes codes.safetensors. A tower goes on with the codes that it began with.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from media import Pictured, Spoken, encode_user, key_words, pictured, spoken, vocabulary
 from model import load_submodels, make_elastic, select
-from multimodal import GROUP, TOWERS, language_model, load_or_grow, logits_with_media
+from multimodal import CHECKPOINT, GROUP, language_model, load_or_grow, logits_with_media
 from pictures import NONE
-from pool import FOLDER
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizer import (
     AUDIO_IDS,
     AUDIO_TOKENS,
@@ -42,7 +40,7 @@ from transformers import Gemma3nForCausalLM
 SLOTS: Final = range(4, 7)  # of a picture's soft tokens, those that carry digits
 ROWS: Final = 16
 NOISE: Final = 0.3
-CODES: Final = FOLDER / "codes.pt"
+CODES: Final = CHECKPOINT.parent / "codes.safetensors"
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:
@@ -136,12 +134,9 @@ def learn(
     select(lm, layers, submodels[-1], nested_width)
 
 
-def load_codes(path: Path = CODES) -> dict[str, torch.Tensor]:
-    """What `main` wrote, or else what is in towers/: image.digits, audio.words, hard of both."""
-    if not path.exists():
-        stored = load_file(TOWERS).items()
-        return {name[6:]: value for name, value in stored if name.startswith("codes.")}
-    codes: dict[str, torch.Tensor] = torch.load(path, weights_only=True)
+def load_codes() -> dict[str, torch.Tensor]:
+    """What `main` wrote: image.digits, audio.words, and hard of both."""
+    codes: dict[str, torch.Tensor] = load_file(CODES)
     return codes
 
 
@@ -153,9 +148,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    FOLDER.mkdir(exist_ok=True)
     lm, tokenizer = language_model(load_or_grow()), load_tokenizer()
-    codes = load_codes()
+    codes = load_codes() if CODES.exists() else {}
     for kind in options.kinds:
         code: PictureCode | WordCode
         if kind == "image":
@@ -166,7 +160,7 @@ def main() -> None:
             learn(code, spoken("train", 0), AUDIO_IDS, lm, options.steps)
         for name, weight in code.named_parameters():
             codes[f"{kind}.{name}"] = unit(weight.detach())
-    torch.save(codes, CODES)
+    save_file(codes, CODES)
 
 
 if __name__ == "__main__":

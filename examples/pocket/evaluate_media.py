@@ -23,7 +23,7 @@ from tokenizer import PAD, encode_answer, load_tokenizer
 from torch import nn
 from transformers import Gemma3nForConditionalGeneration
 
-HELD_OUT_SEED: Final = 9102
+HELD_OUT_SEED: Final = 9104
 BATCH: Final = 50
 
 

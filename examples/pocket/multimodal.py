@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Final
 
 import torch
-from safetensors.torch import load_file
 from timm.models._efficientnet_builder import decode_arch_def
 from tokenizer import (
     AUDIO_IDS,
@@ -41,7 +40,6 @@ from transformers import (
 )
 
 # The towers as far as they are trained, and the codes that they were trained with.
-TOWERS: Final = CHECKPOINT.parent / "towers" / "towers.safetensors"
 # 256 x 256 pixels become 8 x 8 features and 4 x 4 soft tokens.
 BLOCKS: Final = [
     ["er_r1_k3_s2_e2_c16"],
@@ -115,16 +113,10 @@ def grown(lm: Gemma3nForCausalLM) -> Gemma3nForConditionalGeneration:
 
 
 def load_or_grow() -> Gemma3nForConditionalGeneration:
-    """The checkpoint; one of train.py's, which has no towers yet, with those of towers/."""
+    """The checkpoint; one of train.py's, which has no towers, with new ones."""
     if "vision_config" in json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8")):
         return load()
-    model = grown(Gemma3nForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32))
-    trained = {name: value.float() for name, value in load_file(TOWERS).items()}
-    weights = {name: value for name, value in trained.items() if not name.startswith("codes.")}
-    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
-    if unknown:
-        raise ValueError(f"{TOWERS} has weights that the towers lack: {unknown[0]}")
-    return model
+    return grown(Gemma3nForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32))
 
 
 def load() -> Gemma3nForConditionalGeneration:

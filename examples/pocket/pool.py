@@ -31,6 +31,7 @@ from nestd.daemon.prompt.image import squash
 FOLDER: Final = Path(tempfile.gettempdir()) / "pocket"
 CHUNK: Final = 250
 FRAMES: Final = 192  # of 12 soft tokens
+LONGEST_TIMER: Final = 599  # minutes; beyond ten hours the language model knows whole hours only
 
 Work = Callable[[Split, int, int], tuple[npt.NDArray[Any], ...]]
 
@@ -79,7 +80,7 @@ def _around(split: Split, seed: int, numbers: list[int]) -> list[Pictured]:
     """Return a request for each number: one whose own has as many digits, replaced.
 
     A thermostat's is not replaced, no room has 90 degrees; and three digits take the place of a
-    timer's two, because other numbers are percentages.
+    timer's two, because other numbers are percentages, and stay below the longest timer.
     """
     stream, result = pictured(split, seed), []
     waiting: defaultdict[str, list[Pictured]] = defaultdict(list)
@@ -128,7 +129,7 @@ def _pictures(split: Split, seed: int, chunk: int) -> tuple[npt.NDArray[Any], ..
     cells = np.zeros((CHUNK, GRID * GRID), np.int64)
     numbers, handwritten = np.zeros(CHUNK, np.int64), np.zeros(CHUNK, np.bool_)
     for i in range(CHUNK):
-        low, high = rng.choice([(0, 9)] * 2 + [(10, 99)] * 3 + [(100, 999)])
+        low, high = rng.choice([(0, 9)] * 2 + [(10, 99)] * 3 + [(100, LONGEST_TIMER)])
         numbers[i] = rng.randint(low, high)
         crowded = split == "train" and rng.random() < 0.75
         picture, kind, cells[i] = pictures.draw(rng, int(numbers[i]), split, crowded)

@@ -38,6 +38,7 @@ class FakeEngine:
         self.alive = False
         self.killed = False
         self.pid: int | None = None
+        self.cpu_seconds: float | None = None
 
     def start(self) -> None:
         self.alive = True

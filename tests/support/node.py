@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,14 @@ class FakeBoard:
 class Node:
     """The daemon, its transport, its engines (the last is `engine`), its board and a clock."""
 
-    def __init__(self, encoders: bool = False, now: float = 1000.0, **overrides: object) -> None:
+    def __init__(
+        self,
+        encoders: bool = False,
+        now: float = 1000.0,
+        notifier: Notifier | None = None,
+        check_configuration: Callable[[], object] = lambda: None,
+        **overrides: object,
+    ) -> None:
         """With `encoders` the bundle sees and hears. A node has a state directory of its own."""
         directory = tempfile.mkdtemp()
         weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
@@ -77,7 +84,8 @@ class Node:
             board=self.board,
             clock=lambda: self.now,
             wall_clock=lambda: self.now,
-            notifier=Notifier(""),
+            notifier=notifier or Notifier(""),
+            check_configuration=check_configuration,
         )
         self.daemon = Daemon(self.settings, small_manifest(encoders), parts)
         self.base = self.daemon.node.topics.base
