@@ -66,6 +66,10 @@ class Misbehaving(ThreadingHTTPServer):
         self.keys: list[str | None] = []
         self.let_go = threading.Event()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):  # the daemon has gone away, as it should
+            super().handle_error(request, client_address)
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
