@@ -346,7 +346,8 @@ def test_a_server_that_cannot_be_reached_is_left_alone_for_a_while(house: House)
     assert 0 < node.last()["retry_after_ms"] <= 30_000
     node.pass_time(31)
     node.ask(id="d", effort="high")
-    assert node.last()["remote"] is True
+    accepted = next(event for event in node.events() if event["id"] == "d")
+    assert accepted["remote"] is True
 
 
 def test_a_board_that_cannot_answer_either_says_both(house: House) -> None:
