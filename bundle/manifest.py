@@ -72,6 +72,18 @@ class ModelConfig(_Strict):
         """Index of the first layer that owns no KV cache."""
         return self.num_layers - self.num_kv_shared_layers
 
+    def slides(self, layer: int) -> bool:
+        """Whether `layer` attends to the last `sliding_window` tokens alone."""
+        return self.layer_types[layer] == "sliding_attention"
+
+    def kv_cache_bytes(self, tokens: int, window_capacity: int, kv_bits: int) -> int:
+        """Return the KV cache of one sequence; sliding layers hold `window_capacity` at most."""
+        row = 2 * self.num_key_value_heads * self.head_dim * kv_bits // 8
+        return row * sum(
+            min(tokens, window_capacity) if self.slides(layer) else tokens
+            for layer in range(self.first_kv_shared_layer)
+        )
+
     def kv_source(self, layer: int) -> int:
         """Return the layer whose KV cache `layer` reads: itself, or the last owner of its type."""
         if layer < self.first_kv_shared_layer:
@@ -81,12 +93,16 @@ class ModelConfig(_Strict):
 
 
 class Quantization(_Strict):
-    """How the large matrices are stored: 32 bits means float32, unquantised."""
+    """How the large matrices are stored: 32 bits means float32, unquantised.
+
+    With `lm_head_screen`, logits are int4's but for those of the likeliest rows, which are exact.
+    """
 
     bits: Literal[4, 8, 32]
     block_size: Positive
     embedding_bits: Literal[4, 8, 32]
     per_layer_embedding_bits: Literal[4, 8, 32]
+    lm_head_screen: bool = False
 
 
 class BundleFile(_Strict):

@@ -113,16 +113,20 @@ def slices_for(
 ) -> list[Slice]:
     """Return the sub-models that a checkpoint of this shape contains.
 
-    A 35-layer E4B whose every layer has a wide half contains the published slices. Any other shape
-    gets what can be said without a published table: `nested` (all layers narrow), `full` (each
-    layer as wide as the checkpoint has it), and, where they differ, `half` between the two, which
-    widens the deeper half of the layers (the published slices widen from the deep end too).
+    A checkpoint of E4B's 35 layers contains the published slices whose wide layers are wide in it:
+    all of them, if it is E4B. Beyond these, and for any other shape, it gets what can be said
+    without a published table: `full` (each layer as wide as the checkpoint has it), and, where they
+    differ, `nested` (all layers narrow) and `half` between the two, which widens the deeper half of
+    the layers (the published slices widen from the deep end too).
     """
     num_layers = len(intermediate_size)
     widenable = [i for i, width in enumerate(intermediate_size) if width > nested_intermediate_size]
-    shape = (num_layers, num_kv_shared_layers, len(widenable))
-    if shape == (PUBLISHED_LAYERS, PUBLISHED_KV_SHARED_LAYERS, PUBLISHED_LAYERS):
-        return published_slices()
+    if (num_layers, num_kv_shared_layers) == (PUBLISHED_LAYERS, PUBLISHED_KV_SHARED_LAYERS):
+        contained = [s for s in published_slices() if set(s.wide_layers) <= set(widenable)]
+        whole = Slice("full", tuple(widenable), ())
+        if not any(s.wide_layers == whole.wide_layers and not s.skipped_layers for s in contained):
+            contained.append(whole)
+        return contained
     full = Slice("full", tuple(widenable), ())
     if not widenable:
         return [full]

@@ -17,7 +17,9 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         "convert", help="make a bundle from a Gemma 3n checkpoint", description=__doc__
     )
     parser.add_argument(
-        "checkpoint", help="a directory, a Hugging Face repository, or kaggle:OWNER/MODEL/..."
+        "checkpoint",
+        help="a directory (Hugging Face, MLX), a GGUF file, a Hugging Face repository, "
+        "kaggle:OWNER/MODEL/... or ollama:MODEL:TAG",
     )
     parser.add_argument("bundle", type=Path, help="the directory to create")
     parser.add_argument(
@@ -55,6 +57,11 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         choices=(8, 32),
         help="width of the encoders' weights (default 8, or 32 where --bits is 32)",
     )
+    parser.add_argument(
+        "--lm-head-screen",
+        action="store_true",
+        help="score all tokens at 4 bits and only the likeliest 256 exactly: fewer bytes a token",
+    )
     return parser
 
 
@@ -88,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         modalities=args.modalities,
         image_sizes=args.image_sizes or IMAGE_SIZES,
         encoder_bits=args.encoder_bits,
+        lm_head_screen=args.lm_head_screen,
     )
     bundle = convert(args.checkpoint, args.bundle, options, sys.stderr)
     print(describe(bundle))

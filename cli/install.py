@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if args.password_file is not None:
         files.append(_password(args.password_file))
     if wanted or not (args.root / CONFIG).exists():
-        files.append(File(CONFIG, _config(wanted)))
+        files.append(File(CONFIG, _config(args.root / CONFIG, wanted)))
     for file in files:
         tree.put(file)
     tree.save()
@@ -220,16 +220,20 @@ def _password(source: Path) -> File:
     return File(PASSWORD, f"{read_password(source.absolute())}\n", 0o600)
 
 
-def _config(wanted: dict[str, object]) -> str:
-    """Return nestd.yaml with these settings, in sections."""
+def _config(path: Path, wanted: dict[str, object]) -> str:
+    """Return nestd.yaml with what it says now, if there is one, and these settings."""
     import yaml
 
     document: dict[str, Any] = {}
+    if path.exists():
+        document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     for key, value in wanted.items():
         section = document
         *above, last = key.split(".")
         for part in above:
-            section = section.setdefault(part, {})
+            # A section with all its keys commented out reads as None.
+            section[part] = section.get(part) or {}
+            section = section[part]
         section[last] = value
     return HEADER + (yaml.safe_dump(document, sort_keys=False) if document else "")
 
@@ -238,7 +242,7 @@ def do(command: list[str], dry_run: bool) -> None:
     """Run one command of the system."""
     from nestd.bundle.errors import ConfigError
 
-    print(f"run        {' '.join(command)}")
+    print(f"run        {' '.join(command)}", flush=True)
     if dry_run:
         return
     try:

@@ -20,6 +20,7 @@ class Broker:
         prefix: first levels of the nodes' topics.
         protocol: "5" or "3.1.1".
         ca_file: certificates to trust instead of the system's, with `tls`.
+        cert_file, key_file: our own certificate, where the broker asks for one.
     """
 
     host: str = "localhost"
@@ -30,6 +31,8 @@ class Broker:
     password: str | None = None
     tls: bool = False
     ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
 
     def client(self) -> Client:
         """Return a client with an id of its own, not connected yet."""
@@ -43,6 +46,8 @@ class Broker:
             password=self.password,
             tls=self.tls,
             ca_file=self.ca_file,
+            certificate_file=self.cert_file,
+            key_file=self.key_file,
             clean_start=True,
             receive_maximum=1000,
         )

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from nestd.bundle.errors import CheckpointError
 from nestd.bundle.licence import LICENCE_FILES
 from nestd.bundle.manifest import GenerationDefaults, Tokens
-from nestd.conversion.checkpoint import read_json
+from nestd.conversion.documents import read_json
 
 # The notice that Gemma's terms ask every copy to carry (section 3.1 of the Gemma Terms of Use: its
 # first sentence, that files were modified, and the use restrictions).

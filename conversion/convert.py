@@ -35,9 +35,10 @@ from nestd.bundle.manifest import (
 from nestd.bundle.submodels import Slice, check_slice, parse_slices, slices_for
 from nestd.conversion import assets
 from nestd.conversion.checkpoint import Checkpoint
-from nestd.conversion.costs import MINIMUM_CONTEXT, OVERHEAD_BYTES, cost, kv_cache_bytes
-from nestd.conversion.decoder import DecoderBytes, write_decoder
+from nestd.conversion.costs import MINIMUM_CONTEXT, OVERHEAD_BYTES, cost
+from nestd.conversion.decoder import DecoderBytes, write_decoder, write_int8_cache_decoder
 from nestd.conversion.embeddings import (
+    SCREENED_ROWS,
     EmbeddingTable,
     write_embed_tokens,
     write_per_layer_embeddings,
@@ -50,7 +51,8 @@ from nestd.conversion.encoders.config import (
 )
 from nestd.conversion.model_config import read_model_config
 from nestd.conversion.progress import Progress
-from nestd.conversion.sources import resolve
+from nestd.conversion.sources.open import open_checkpoint
+from nestd.conversion.sources.resolve import resolve
 from nestd.conversion.weights import WeightFile
 
 if TYPE_CHECKING:  # it imports torch
@@ -75,6 +77,7 @@ class ConvertOptions:
         modalities: to convert, text always; None takes all that the checkpoint has.
         image_sizes: side lengths in pixels, a vision graph each.
         encoder_bits: of the encoders' matrices; None takes 8, or 32 where `bits` is 32.
+        lm_head_screen: find the likeliest tokens with an int4 lm_head, score only those exactly.
     """
 
     bits: Literal[4, 8, 32] = 8
@@ -84,6 +87,7 @@ class ConvertOptions:
     modalities: tuple[Modality, ...] | None = None
     image_sizes: tuple[int, ...] = IMAGE_SIZES
     encoder_bits: Literal[8, 32] | None = None
+    lm_head_screen: bool = False
 
     def quantization(self) -> Quantization:
         """Return the resolved widths."""
@@ -91,11 +95,14 @@ class ConvertOptions:
         block_size = self.block_size or DEFAULT_BLOCK_SIZE
         if block_size < 16 or block_size & (block_size - 1):
             raise CheckpointError(f"--block-size must be a power of two from 16, not {block_size}")
+        if self.lm_head_screen and self.bits == 32:
+            raise CheckpointError("--lm-head-screen is for quantised weights: leave out --bits 32")
         return Quantization(
             bits=self.bits,
             block_size=block_size,
             embedding_bits=wide,
             per_layer_embedding_bits=self.per_layer_embedding_bits or wide,
+            lm_head_screen=self.lm_head_screen,
         )
 
 
@@ -116,9 +123,16 @@ def convert(source: str, destination: Path, options: ConvertOptions, log: TextIO
     if destination.exists():
         raise BundleError(f"{destination} exists already: remove it or choose another name")
     path = resolve(source)
+    with open_checkpoint(path) as checkpoint:
+        _convert(checkpoint, source, destination, options, log)
+    return Bundle.open(destination)
+
+
+def _convert(
+    checkpoint: Checkpoint, source: str, destination: Path, options: ConvertOptions, log: TextIO
+) -> None:
     quantization = options.quantization()
-    checkpoint = Checkpoint(path)
-    nested, slices = _read_submodels(path, options.submodels)
+    nested, slices = _read_submodels(checkpoint.assets, options.submodels)
     model = read_model_config(checkpoint.config, nested)
     slices = slices or slices_for(
         model.intermediate_size, model.nested_intermediate_size, model.num_kv_shared_layers
@@ -129,13 +143,14 @@ def convert(source: str, destination: Path, options: ConvertOptions, log: TextIO
     plan = plan_encoders(checkpoint, options.modalities, options.image_sizes, bits)
     encoders = _encoder_writers(checkpoint, plan)
     _check_disk(destination, checkpoint, quantization, plan)
+    for remark in checkpoint.remarks:
+        log.write(f"note: {remark}\n")
     with _staging(destination) as staging:
         writer = _Writer(checkpoint, model, quantization, plan, staging, log)
         writer.write_graphs(encoders)
         writer.write_assets()
         writer.write_manifest(slices, destination.name, source)
         staging.rename(destination)
-    return Bundle.open(destination)
 
 
 class _Writer:
@@ -162,7 +177,10 @@ class _Writer:
     def write_graphs(self, encoders: Mapping[str, EncoderWriter]) -> None:
         """Stream the graphs and their weights."""
         model, quantization = self.model, self.quantization
-        progress = Progress(_bytes_to_read(self.checkpoint, model, self.encoders), self.log)
+        total = _bytes_to_read(self.checkpoint, model, self.encoders)
+        if quantization.lm_head_screen:
+            total += self.checkpoint.text["embed_tokens.weight"].nbytes
+        progress = Progress(total, self.log)
         self.checkpoint.on_bytes = progress.advance
         block = quantization.block_size
 
@@ -201,6 +219,7 @@ class _Writer:
                 self.staging / "decoder.onnx", self.checkpoint, model, quantization, weights, tokens
             )
             self.sections["decoder"] = weights.size
+        write_int8_cache_decoder(self.staging, self.checkpoint, model)
 
         # 4. The encoders with their projectors.
         for name, encoder in encoders.items():
@@ -209,7 +228,7 @@ class _Writer:
 
     def write_assets(self) -> None:
         """Copy what the daemon needs to turn messages into ids and back."""
-        path = self.checkpoint.path
+        path = self.checkpoint.assets
         assets.copy_tokenizer(path, self.staging)
         assets.write_licence(path, self.staging)
         if not assets.write_chat_template(path, self.staging):
@@ -220,16 +239,18 @@ class _Writer:
     def write_manifest(self, slices: list[Slice], name: str, source: str) -> None:
         """Digest every file and write the manifest, last."""
         lm_head = self.sections["embed_tokens"]
+        if self.quantization.lm_head_screen:  # the screen is part of the decoder's own bytes
+            lm_head = lm_head * SCREENED_ROWS // self.model.vocab_size
         submodels = sorted(
             (cost(self.model, item, self.decoder, lm_head) for item in slices),
             key=lambda item: item.effective_params,
         )
-        cache = kv_cache_bytes(self.model, MINIMUM_CONTEXT)
+        cache = self.model.kv_cache_bytes(MINIMUM_CONTEXT, MINIMUM_CONTEXT, kv_bits=32)
         manifest = Manifest(
             format_version=2,
             name=name,
             source=Source(
-                checkpoint=source if not Path(source).is_dir() else self.checkpoint.path.name,
+                checkpoint=source if not Path(source).exists() else self.checkpoint.path.name,
                 architecture=_architecture(self.checkpoint),
                 converter=f"nestd {version('nestd')}",
             ),
@@ -240,8 +261,8 @@ class _Writer:
             audio=self.encoders.audio,
             sections=self.sections,
             submodels=tuple(submodels),
-            tokens=assets.read_tokens(self.checkpoint.path, self.checkpoint.config),
-            generation=assets.read_generation_defaults(self.checkpoint.path),
+            tokens=assets.read_tokens(self.checkpoint.assets, self.checkpoint.config),
+            generation=assets.read_generation_defaults(self.checkpoint.assets),
             minimum_ram_bytes=submodels[0].decoder_bytes + cache + OVERHEAD_BYTES,
             files={
                 file.name: BundleFile(bytes=file.stat().st_size, sha256=sha256_file(file))
@@ -324,13 +345,13 @@ def _check_disk(
     overhead = 4 / quantization.block_size if quantization.bits != 32 else 0.0
     needed = 0.0
     for name, info in checkpoint.text.items():
-        elements = info.nbytes / (4 if info.dtype == "F32" else 2)
         bits = quantization.bits if name not in tables else quantization.embedding_bits
-        needed += elements * (bits / 8 + overhead)
+        needed += info.elements * (bits / 8 + overhead)
+        if name == tables[0] and quantization.lm_head_screen:
+            needed += info.elements * (0.5 + overhead)
     for name, info in checkpoint.encoders.items():
         if name.startswith(encoders.weights):
-            elements = info.nbytes / (4 if info.dtype == "F32" else 2)
-            needed += elements * (4.0 if encoders.bits == 32 else 1 + 4 / ENCODER_BLOCK_SIZE)
+            needed += info.elements * (4.0 if encoders.bits == 32 else 1 + 4 / ENCODER_BLOCK_SIZE)
     parent = destination.absolute().parent
     if not parent.is_dir():
         raise BundleError(f"there is no directory {parent}: create it first")

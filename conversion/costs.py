@@ -59,9 +59,3 @@ def cost(model: ModelConfig, item: Slice, decoder: DecoderBytes, lm_head_bytes: 
         decoder_bytes=touched,
         mmlu_percent=item.mmlu_percent,
     )
-
-
-def kv_cache_bytes(model: ModelConfig, context_length: int) -> int:
-    """Return the float32 KV cache of one session."""
-    per_token = 2 * model.num_key_value_heads * model.head_dim * 4
-    return model.first_kv_shared_layer * per_token * context_length

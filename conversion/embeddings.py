@@ -20,7 +20,10 @@ from nestd.bundle.manifest import ModelConfig
 from nestd.conversion.checkpoint import Checkpoint
 from nestd.conversion.graph_builder import MICROSOFT, GraphBuilder, tensor_info
 from nestd.conversion.quantize import block_for
-from nestd.conversion.weights import WeightFile, matrix
+from nestd.conversion.weights import Matrix, WeightFile, matrix
+
+# Rows that are scored exactly behind a screen: four times the usual top-k.
+SCREENED_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,21 @@ class EmbeddingTable:
         if self.scales is None:
             return graph.op("Gemm", hidden, graph.initializer(self.data), transB=1)
         return graph.quantized_linear(hidden, self.data, self.scales, self.bits, self.block)
+
+    def screened_logits(self, graph: GraphBuilder, hidden: str, screen: Matrix) -> str:
+        """Multiply rows `hidden` [R, width] by the table at 4 bits: float32 [R, vocab].
+
+        The largest SCREENED_ROWS of each row are replaced by products with the table itself, of
+        which only these rows are read. `screen` is the weight [vocab, width] of the table.
+        """
+        rough = graph.linear(hidden, "lm_head.screen", screen, 4)
+        count = graph.constant([min(SCREENED_ROWS, screen.rows)], np.int64)
+        _, likely = graph.ops("TopK", rough, count, outputs=2, axis=1, sorted=0)
+        axis = graph.constant([2], np.int64)
+        column = graph.op("Unsqueeze", hidden, axis)
+        exact = graph.op("MatMul", self.rows(graph, likely), column)
+        exact = graph.op("Squeeze", exact, axis)
+        return graph.op("ScatterElements", rough, likely, exact, axis=1)
 
 
 def write_embed_tokens(

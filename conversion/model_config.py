@@ -17,6 +17,8 @@ from nestd.bundle.manifest import ModelConfig
 
 TEXT_MODEL_TYPE = "gemma3n_text"
 MODEL_TYPES = ("gemma3n", TEXT_MODEL_TYPE)
+# Gemma 3n's hidden size, and the narrowest feed-forward that it was trained at (E2B's).
+GEMMA_HIDDEN, GEMMA_NESTED = 2048, 8192
 
 
 def read_model_config(
@@ -26,8 +28,8 @@ def read_model_config(
 
     Args:
         config: parsed config.json.
-        nested_intermediate_size: width of a narrow layer; None takes half the widest layer, as
-            Gemma 3n E4B does.
+        nested_intermediate_size: width of a narrow layer; None takes Gemma 3n's, or for a model
+            of another shape its narrowest layer's, or half of all where all are as wide.
 
     Raises:
         CheckpointError: another architecture, a missing number, or a feature Gemma 3n lacks.
@@ -47,7 +49,7 @@ def read_model_config(
     intermediate_size = _per_layer(text, "intermediate_size", num_layers)
     sparsity = text.get("activation_sparsity_pattern") or 0.0
     if nested_intermediate_size is None:
-        nested_intermediate_size = max(intermediate_size) // 2
+        nested_intermediate_size = _nested_width(text, intermediate_size)
     theta_full, theta_sliding = _rope_thetas(text)
     values = {
         name: text.get(name, default)
@@ -89,6 +91,16 @@ def read_model_config(
         raise CheckpointError(f"config.json: {key}: {first['msg']}") from error
     _check_shape(model)
     return model
+
+
+def _nested_width(text: Mapping[str, Any], widths: list[int]) -> int:
+    """Return the width down to which a layer may be cut.
+
+    A checkpoint that was cut from E4B (E2B, Mix-n-Match) has nothing below E4B's nested width.
+    """
+    if text.get("hidden_size") == GEMMA_HIDDEN:
+        return min(GEMMA_NESTED, *widths)
+    return min(widths) if len(set(widths)) > 1 else widths[0] // 2
 
 
 def _refuse_unknown_features(text: Mapping[str, Any]) -> None:

@@ -294,7 +294,7 @@ def _redact(section: Section, path: KeyPath = ()) -> dict[str, Any]:
         value = getattr(section, name)
         if isinstance(value, Section):
             result[name] = _redact(value, (*path, name))
-        elif value is not None and _is_secret((*path, name)):
+        elif value not in (None, ()) and _is_secret((*path, name)):
             result[name] = HIDDEN
         elif isinstance(value, Path):
             result[name] = str(value)

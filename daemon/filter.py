@@ -15,54 +15,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nestd.daemon.engine.messages import ChatMessage, Finished, MediaContent, TextContent
 from nestd.daemon.mqtt.contract import Request
 from nestd.daemon.requests import RequestRecord
-from nestd.daemon.section import Section
+from nestd.daemon.settings import FilterSettings, Stage
 
 log = logging.getLogger(__name__)
-
-Stage = Literal["request", "answer"]
-_SECRET = {"secret": True}
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"is no regular expression: {error}") from error
-    return text
-
-
-class FilterSettings(Section):
-    """What requests and answers have to pass.
-
-    Attributes:
-        command: a program and its arguments; no shell reads them.
-        patterns: regular expressions (Python's) that must not occur.
-        stages: what is judged.
-        timeout_s: how long the program, or the patterns, may take for one thing.
-        replacement: stands in the place of an answer that is refused; None answers an error.
-    """
-
-    command: Annotated[tuple[str, ...], Field(json_schema_extra=_SECRET)] = ()
-    patterns: Annotated[
-        tuple[Annotated[str, AfterValidator(_pattern)], ...], Field(json_schema_extra=_SECRET)
-    ] = ()
-    stages: tuple[Stage, ...] = ("request", "answer")
-    timeout_s: Annotated[float, Field(gt=0, le=60)] = 5.0
-    replacement: str | None = None
 
 
 class Verdict(BaseModel):
@@ -189,6 +157,7 @@ class Filter:
             finally:
                 # Also what it may have started itself, which would keep its output open.
                 _kill(child)
+                self._child = None
         if child.returncode != 0:
             raise FilterFailed(f"ended with status {child.returncode}")
         try:

@@ -222,8 +222,10 @@ class RequestBook:
         One whose conversation is being answered, or has an earlier request that waits, waits for
         that answer, which is part of its prompt.
         """
-        answered = (*self._running.values(), *self._remote.values())
-        busy = {key for record in answered if (key := conversation_of(record))}
+        if not self._waiting:
+            return
+        answered_now = (r for r in self._records.values() if r.state == "running")
+        busy = {key for record in answered_now if (key := conversation_of(record))}
         for record in sorted(self._waiting, key=_rank):
             key = conversation_of(record)
             if key in busy:

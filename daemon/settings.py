@@ -21,7 +21,6 @@ from pydantic_core import PydanticCustomError
 
 from nestd.daemon.elastic.settings import ElasticSettings
 from nestd.daemon.engine.messages import CPU_PROVIDERS, EngineOptions
-from nestd.daemon.filter import FilterSettings
 from nestd.daemon.prompt.media import MediaLimits
 from nestd.daemon.remote.settings import RemoteSettings
 from nestd.daemon.section import Count, PositiveSeconds, Seconds, Section, in_order
@@ -161,6 +160,36 @@ class MetricsSettings(Section):
         return host.strip("[]"), int(port)
 
 
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from error
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
+Stage = Literal["request", "answer"]
+
+
+class FilterSettings(Section):
+    """What requests and answers have to pass.
+
+    Attributes:
+        command: a program and its arguments; no shell reads them.
+        patterns: regular expressions (Python's) that must not occur.
+        stages: what is judged.
+        timeout_s: how long the program, or the patterns, may take for one thing.
+        replacement: stands in the place of an answer that is refused; None answers an error.
+    """
+
+    command: Annotated[tuple[str, ...], Field(json_schema_extra=SECRET)] = ()
+    patterns: Annotated[tuple[Pattern, ...], Field(json_schema_extra=SECRET)] = ()
+    stages: tuple[Stage, ...] = ("request", "answer")
+    timeout_s: Annotated[float, Field(gt=0, le=60)] = 5.0
+    replacement: str | None = None
+
+
 class EngineSettings(Section):
     """How the engine loads the bundle and answers; see `EngineOptions` for the limits.
 
@@ -168,6 +197,8 @@ class EngineSettings(Section):
         parallel_requests: answers at once, as far as memory allows it.
         max_stall_s: how long a chunk of another prompt may hold up answers that run.
         prompt_lookup: guess an answer's next tokens from its prompt while it runs alone.
+        kv_window: caches of sliding layers hold the last tokens alone, not the whole context.
+        kv_bits: width of keys and values.
         session_cache_bytes: keys and values of ended answers, kept for prompts that begin alike.
         session_cache_s: how long they are kept after they were last of use.
         execution_providers: of ONNX Runtime, under its names, the preferred first.
@@ -179,6 +210,8 @@ class EngineSettings(Section):
     parallel_requests: Annotated[int, Field(ge=1, le=64)]
     max_stall_s: Annotated[float, Field(gt=0, le=60)] = 0.25
     prompt_lookup: bool = True
+    kv_window: bool = True
+    kv_bits: Literal[8, 32] = 32
     session_cache_bytes: ByteSize
     session_cache_s: Seconds = 600.0
     execution_providers: Annotated[tuple[ExecutionProvider, ...], Field(min_length=1)] = (

@@ -138,7 +138,7 @@ export class Asking {
     }
     request.answer.progress("Cancelling…");
     try {
-      await this.broker.control(request.node, "cancel", { id, client: this.broker.clientId });
+      await this.broker.control(request.node, "cancel", { id, client: this.broker.owner });
     } catch (error) {
       request.answer.progress(error.message);
     }

@@ -19,7 +19,6 @@ export class Broker {
     this.url = url;
     this.base = `${prefix}/v1`;
     this.clientId = `nestd-dashboard-${newId().slice(0, 12)}`;
-    this.replies = `clients/${this.clientId}/replies`;
     this.online = false;
     this.maximumPacketSize = Infinity;
     this.listener = listener;
@@ -29,6 +28,10 @@ export class Broker {
 
   connect({ username, password }) {
     this.close();
+    // Whose requests these are: a login, which the broker vouches for, else what we call ourselves.
+    this.owner = username || this.clientId;
+    const address = username ? `${username}/${this.clientId}` : this.clientId;
+    this.replies = `clients/${address}/replies`;
     const client = mqtt.connect(this.url, {
       protocolVersion: 5,
       clientId: this.clientId,

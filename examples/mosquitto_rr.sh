@@ -6,7 +6,13 @@ set -euo pipefail
 node=$1 question=$2
 shift 2
 # The response topic is ours alone: two questions at once would else read each other's answers.
-reply=clients/rr-$$-$RANDOM/answer
+# Where there is a login, it comes first: so a broker can keep answers from others (examples/mosquitto).
+login=
+for ((at = 1; at < $#; at++)); do
+    following=$((at + 1))
+    case ${!at} in -u | --username) login=${!following}/ ;; esac
+done
+reply=clients/${login}rr-$$-$RANDOM/answer
 request=$(jq -cn --arg text "$question" '{messages: [{role: "user", content: $text}], expires_in: 60}')
 answer=$(mosquitto_rr "$@" -q 1 -W 60 -t "nestd/v1/$node/request/generate" -e "$reply" -m "$request")
 if [ "$(jq -r .event <<<"$answer")" = error ]; then

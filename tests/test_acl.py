@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -111,8 +112,41 @@ def test_a_node_takes_the_requests_of_its_pool_and_offers_itself_to_home_assista
         assert kitchen.publish("homeassistant/device/kitchen/config", b"{}") is None
 
 
+def test_home_assistant_is_offered_nodes_steers_them_and_hears_its_own_answers(
+    secured: Secured,
+) -> None:
+    device = "homeassistant/device/kitchen/config"
+    with (
+        listener(secured, "ha", "homeassistant/#", "clients/#") as ha,
+        listener(secured, "kitchen", "nestd/v1/kitchen/#", "homeassistant/status") as kitchen,
+    ):
+        assert kitchen.publish(device, b"{}") is None
+        assert ha.hear(device, b"{}") is not None
+        assert ha.publish("homeassistant/status", b"online") is None
+        assert kitchen.hear("homeassistant/status", b"online") is not None
+        assert ha.publish("nestd/v1/kitchen/request/submodel", b"steer") is None
+        assert kitchen.hear("nestd/v1/kitchen/request/submodel", b"steer") is not None
+        assert kitchen.publish("clients/ha/answers", b"hello") is None
+        assert ha.hear("clients/ha/answers", b"hello") is not None
+        assert "Not authorized" in str(ha.publish("nestd/v1/kitchen/state", b"{}"))
+
+
 def test_nobody_comes_in_without_a_password(secured: Secured) -> None:
     anonymous = secured.settings("kitchen", mqtt__username=None, mqtt__password_file=None)
     with closing(Login(anonymous, "test")) as login:
         event = login.first()
     assert "not authori" in str(event).lower(), event
+
+
+def test_the_shell_example_gets_its_answer_with_a_login(secured: Secured) -> None:
+    if shutil.which("jq") is None or shutil.which("mosquitto_rr") is None:
+        pytest.skip("jq or mosquitto_rr is not installed")
+    settings = [f"mqtt.{key}={value}" for key, value in secured.keys("kitchen").items()]
+    broker = ["-h", "localhost", "-p", str(secured.port), "--cafile", str(secured.ca_file)]
+    login = ["-u", "phone", "-P", "pw-phone"]
+    script = str(Path(__file__).parents[1] / "examples/mosquitto_rr.sh")
+    with echo_daemon(secured, "kitchen", *settings) as process:
+        wait_for_line(process, "connected (connection 1)")
+        command = ["bash", script, "kitchen", "one two", *broker, *login]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stdout) == (0, "one two\n"), done.stderr

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nestd.bundle.manifest import Bundle, Submodel
 from nestd.conversion.convert import ConvertOptions, convert
@@ -28,6 +30,7 @@ from nestd.daemon.engine.messages import (
     Start,
     Structure,
 )
+from nestd.daemon.engine.scheduler import LEAST_CHUNK, ChunkLength
 from nestd.daemon.engine.worker import Worker
 from nestd.daemon.prompt.template import Prompt
 
@@ -255,10 +258,25 @@ def test_a_long_prompt_never_holds_up_answers_for_longer_than_is_set(
     assert sum(chunks) > 300
     # By the clock a chunk of 25 takes 0.35 s.
     assert max(chunks) <= 25
-    assert chunks[-2] >= 20
+    assert chunks[-2] >= 13
     # One token of the answer between any two chunks.
     sizes = [size for _, size, _ in engine.graphs.runs[: 2 * len(chunks)]]
     assert all(min(pair) == 1 for pair in itertools.pairwise(sizes))
+
+
+@given(fixed=st.floats(0.01, 0.2), each=st.floats(0.0005, 0.05), most=st.floats(0.1, 1.0))
+def test_a_chunk_fits_into_the_time_whatever_the_speed_of_the_board(
+    fixed: float, each: float, most: float
+) -> None:
+    length = ChunkLength(128, most)
+    assert length.tokens("full", fixed) == LEAST_CHUNK
+    chunks = [128]  # read while nobody waited
+    for _ in range(20):
+        length.note("full", chunks[-1], fixed + each * chunks[-1])
+        chunks.append(length.tokens("full", fixed))
+    assert all(fixed + each * chunk <= most + 1e-6 for chunk in chunks[1:] if chunk > LEAST_CHUNK)
+    # And it is not shorter than that needs: together with a step it fills the time.
+    assert chunks[-1] >= min(128, (most - 2 * fixed) / each - 2)
 
 
 def test_a_prompt_that_holds_nobody_up_is_read_in_whole_chunks(engine: Engine) -> None:
@@ -278,6 +296,21 @@ def test_several_long_prompts_take_turns(graphs: CountedGraphs, prompt: Prompt) 
     moments = [engine.finished(name).timings.prefill_ms for name in "abc"]
     assert moments[0] > 0.9 * moments[2]
     assert runs >= 3 * 200 // 16
+
+
+def test_nothing_is_guessed_beside_other_answers(engine: Engine) -> None:
+    text = "lamp 8 on, lamp 8 off, lamp 8 on"
+    alone = engine.alone("alone", text, max_tokens=120)
+    assert alone.guessed_tokens > 0
+    engine.start("first", text, max_tokens=120)
+    engine.start("second", HOUSE[0], "nested", **LONG)
+    engine.run(until=lambda: engine.tokens("first") > 0 < engine.tokens("second"))
+    engine.graphs.runs.clear()
+    engine.run(until=lambda: len(engine.worker._answers) == 1)
+    assert len(engine.graphs.runs) > 60
+    assert {(batch, size) for batch, size, _ in engine.graphs.runs} == {(1, 1)}
+    engine.run()
+    assert engine.finished("first").text == alone.text
 
 
 def test_a_refused_request_beside_running_ones_fails_alone(engine: Engine) -> None:

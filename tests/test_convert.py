@@ -186,7 +186,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "NaN": (change_weight("model.norm.weight", lambda w: w * np.nan), "NaN or infinity"),
     "already quantised": (
         change_weight("model.norm.weight", lambda w: w.astype(np.int8)),
-        "unquantised checkpoint",
+        "checkpoint in one of F32",
     ),
     "another architecture": (lambda c: edit_config(c, model_type="llama"), "Gemma 3n only"),
     "another activation": (lambda c: edit_config(c, hidden_activation="silu"), "'silu'"),
@@ -337,6 +337,51 @@ def test_effective_parameters_of_published_slices_match_the_published_numbers() 
             unused = shared * 2 * model.hidden_size * model.num_key_value_heads * model.head_dim
             billions = (effective_params(model, item) + unused) / 1e9
             assert billions == pytest.approx(published[item.name], rel=0.005), item.name
+
+
+def contained(**changes: object) -> list[str]:
+    """Return the names of the sub-models that a checkpoint cut from E4B contains."""
+    config = json.loads((Path(__file__).parent / "recorded" / "gemma-3n-e4b.json").read_text())
+    model = read_model_config(config | changes)
+    return [
+        item.name
+        for item in slices_for(
+            model.intermediate_size, model.nested_intermediate_size, model.num_kv_shared_layers
+        )
+    ]
+
+
+def test_e2b_alone_holds_one_size() -> None:
+    kinds = (["sliding_attention"] * 4 + ["full_attention"]) * 6
+    sparsity = [0.95] * 10 + [0.0] * 20
+    e2b = {"num_hidden_layers": 30, "num_kv_shared_layers": 10, "intermediate_size": [8192] * 30}
+    assert contained(**e2b, layer_types=kinds, activation_sparsity_pattern=sparsity) == ["full"]
+
+
+def test_a_mix_n_match_checkpoint_holds_the_published_sizes_within_it() -> None:
+    widths = {item.name: item for item in published_slices()}
+
+    def cut(name: str) -> list[str]:
+        wide = widths[name].wide_layers
+        return contained(intermediate_size=[8192 * (1 + (i in wide)) for i in range(35)])
+
+    assert cut("E2.49B-block") == ["E2B", "E2.49B-block"]
+    assert set(cut("E2.69B")) == {"E2B", "E1.96B", "E2.49B-block", "E2.54B", "E2.69B"}
+    # Narrow everywhere, with no layer gone: no published size.
+    assert contained(intermediate_size=[8192] * 35) == ["E2B", "full"]
+
+
+def test_a_checkpoint_cut_to_other_layers_and_widths_is_as_narrow_as_its_narrowest_layer(
+    tmp_path: Path,
+) -> None:
+    widths = [64, 128, 64, 128, 128, 64, 96, 64]
+    checkpoint = write_checkpoint(
+        tmp_path / "cut", num_layers=8, shared=3, intermediate_size=widths
+    )
+    bundle = convert(str(checkpoint), tmp_path / "bundle", ConvertOptions(), io.StringIO())
+    assert bundle.manifest.model.nested_intermediate_size == 64
+    assert [item.name for item in bundle.manifest.submodels] == ["nested", "half", "full"]
+    assert bundle.manifest.submodel("full").wide_layers == (1, 3, 4, 6)
 
 
 def test_decoder_bytes_of_submodels_add_up_to_the_file(tiny_bundle: Bundle) -> None:

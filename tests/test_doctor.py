@@ -159,9 +159,12 @@ def test_the_class_of_the_cpu_says_what_it_means_for_weights(
 
 def test_the_interpreter_and_onnx_runtime_are_told() -> None:
     assert outcome(machine.python()) == "ok"
-    finding = machine.onnx_runtime()
+    finding = machine.onnx_runtime(["CPUExecutionProvider"])
     assert outcome(finding) == "ok"
     assert "CPUExecutionProvider" in finding.seen
+    finding = machine.onnx_runtime(["NoSuchExecutionProvider", "CPUExecutionProvider"])
+    assert outcome(finding) == "failed"
+    assert "not NoSuchExecutionProvider" in finding.seen
 
 
 def test_a_clock_that_timesyncd_has_set_is_well(tmp_path: Path) -> None:
@@ -276,6 +279,31 @@ def test_a_password_that_everybody_may_read_is_found(tmp_path: Path) -> None:
     mqtt = settings_for_tests(mqtt__password_file=str(password)).mqtt
     assert outcome(files.secrets(mqtt)) == "failed"
     assert outcome(files.secrets(settings_for_tests().mqtt)) == "skipped"
+
+
+def test_a_credential_that_only_the_service_sees_is_asked_for_as_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mqtt = settings_for_tests(mqtt__password_file="nestd.mqtt-password").mqtt
+    monkeypatch.chdir(tmp_path)
+    finding = files.secrets(mqtt)
+    assert outcome(finding) == "failed"
+    assert "CREDENTIALS_DIRECTORY=/etc/credstore nestd doctor" in str(finding.remedy)
+    (tmp_path / "nestd.mqtt-password").write_text("hunter2\n")
+    (tmp_path / "nestd.mqtt-password").chmod(0o600)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert outcome(files.secrets(mqtt)) == "ok"
+
+
+def test_a_filter_that_cannot_be_run_is_found(tmp_path: Path) -> None:
+    program = tmp_path / "judge"
+    program.write_text("#!/bin/sh\n")
+    settings = settings_for_tests(filter__command=[str(program)]).filter
+    assert outcome(files.program(settings)) == "failed"
+    program.chmod(0o755)
+    assert outcome(files.program(settings)) == "ok"
+    assert outcome(files.program(settings_for_tests(filter__patterns=["a"]).filter)) == "ok"
+    assert outcome(files.program(settings_for_tests().filter)) == "skipped"
 
 
 def test_a_configuration_that_everybody_may_change_is_found(tmp_path: Path) -> None:

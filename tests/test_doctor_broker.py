@@ -32,17 +32,31 @@ def outcomes(found: dict[str, Finding]) -> dict[str, str]:
 
 
 ALL_WELL = dict.fromkeys(
-    ("login", "read rights", "write rights", "packet limit", "last will"), "ok"
+    ("login", "strangers", "read rights", "write rights", "packet limit", "last will"), "ok"
 )
 
 
-@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
-def test_an_open_broker_passes(mosquitto: Mosquitto, protocol: str) -> None:
-    settings = settings_for_tests(
-        mqtt__port=mosquitto.port, mqtt__protocol=protocol, mqtt__pools=["house"]
-    )
+def test_an_open_broker_on_this_machine_passes(mosquitto: Mosquitto) -> None:
+    settings = settings_for_tests(mqtt__port=mosquitto.port, mqtt__pools=["house"])
     assert reach.network(node_options(settings)).outcome == "ok"
     assert outcomes(examine(settings)) == ALL_WELL
+
+
+def test_mqtt_3_tells_less(mosquitto: Mosquitto) -> None:
+    found = examine(settings_for_tests(mqtt__port=mosquitto.port, mqtt__protocol="3.1.1"))
+    silent = {"write rights": "skipped", "packet limit": "skipped"}
+    assert outcomes(found) == ALL_WELL | silent
+
+
+@pytest.mark.parametrize("username", [None, "kitchen"])
+def test_a_broker_elsewhere_that_lets_in_everybody_is_warned_of(
+    mosquitto: Mosquitto, username: str | None
+) -> None:
+    # An address of this machine that does not look like one.
+    settings = settings_for_tests(
+        mqtt__host="127.1", mqtt__port=mosquitto.port, mqtt__username=username
+    )
+    assert outcomes(examine(settings)) == ALL_WELL | {"strangers": "warning"}
 
 
 def test_the_examples_rights_pass_for_a_node(secured: Secured) -> None:
@@ -60,7 +74,7 @@ def test_a_login_that_may_not_read_is_found_though_mosquitto_grants_subscription
     secured.start()
     found = examine(secured.settings("kitchen"))
     assert outcomes(found) == ALL_WELL | {"read rights": "failed", "last will": "failed"}
-    assert "request/health does not reach this login" in found["read rights"].seen
+    assert "request/health does not come back" in found["read rights"].seen
 
 
 def test_a_login_that_may_not_write_is_found(secured: Secured) -> None:
@@ -159,3 +173,24 @@ def test_a_file_that_is_no_certificate_is_told(mosquitto: Mosquitto, tmp_path: P
     finding = handshake(mosquitto, ca_file=str(tmp_path / "ca.pem"))
     assert finding.outcome == "failed"
     assert "PEM" in finding.seen
+
+
+def test_a_client_certificate_that_is_missing_is_found(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "ca")
+    own = authority.issue("kitchen")
+    broker = Mosquitto(tmp_path, *authority.lines(authority.issue("localhost"), clients=True))
+    broker.start()
+    keys = {
+        "mqtt__port": broker.port,
+        "mqtt__tls": "true",
+        "mqtt__ca_file": str(authority.file),
+    }
+    try:
+        without = examine(settings_for_tests(**keys))
+        keys |= {"mqtt__cert_file": str(own.certificate), "mqtt__key_file": str(own.key)}
+        found = examine(settings_for_tests(**keys))
+    finally:
+        broker.stop()
+    assert outcomes(without) == {"login": "failed"}
+    assert "set mqtt.cert_file and mqtt.key_file" in without["login"].seen
+    assert outcomes(found) == ALL_WELL | {"strangers": "skipped"}

@@ -42,7 +42,7 @@ def node(
     config = (
         f"profile: generic\nnode: tiny\nbundle: {tiny_bundle.path}\n"
         f"mqtt: {{port: {mosquitto.port}}}\nstate_directory: {tmp_path / 'state'}\n"
-        "engine: {context_length: 512, prefill_chunk: 32, threads: 1}\n"
+        "engine: {context_length: 512, prefill_chunk: 64, threads: 1}\n"
     )
     with running_node(tmp_path, config) as process:
         yield process

@@ -12,6 +12,7 @@ import pytest
 from support.node import PATIENCE, Node, settings_for_tests, until
 
 from nestd.bundle.errors import ConfigError
+from nestd.daemon.config import HIDDEN, explain_settings
 
 # A filter in Python; each test gives the lines that make a verdict of `document`.
 PROGRAM = """\
@@ -229,3 +230,11 @@ def test_nothing_but_path_is_in_the_programs_environment(
 def test_a_broken_pattern_is_a_mistake_in_the_configuration() -> None:
     with pytest.raises(ConfigError, match="is no regular expression"):
         settings_for_tests(filter__patterns=["("])
+
+
+def test_what_is_filtered_is_told_to_nobody() -> None:
+    for patterns, told in (([], []), (["garage"], HIDDEN)):
+        explained = explain_settings(
+            None, "generic", {"filter.patterns": patterns}, {}, Path("/nonexistent")
+        )
+        assert explained.redacted()["filter"]["patterns"] == told

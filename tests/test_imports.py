@@ -37,7 +37,7 @@ ARROWS = {
 # Each has one owner, a file in this folder.
 OWNERS = {"httpx2": "daemon/remote", "onnxruntime": "daemon/engine", "paho": "daemon/mqtt"}
 # Imported inside functions that say what to install where they are missing; and what pydantic pins.
-OPTIONAL = {"av", "httpx2", "huggingface-hub", "kagglehub", "pydantic-core"}
+OPTIONAL = {"gguf", "av", "httpx2", "huggingface-hub", "kagglehub", "pydantic-core"}
 # The encoders' conversion, which convert.py imports where a checkpoint has encoders.
 CONVERT = {"torch", "transformers", "timm", "optimum", "optimum-onnx"}
 HEAVY = ("torch", "torchvision", "transformers", "optimum", "timm", "huggingface_hub")

@@ -94,6 +94,14 @@ def test_what_nobody_has_changed_is_brought_up_to_date(root: Path) -> None:
     assert not (root / "etc/nestd/nestd.yaml.new").exists()
 
 
+def test_another_option_later_leaves_the_other_settings_as_they_are(root: Path) -> None:
+    install(root, "--broker", "broker.lan", "--node", "kitchen")
+    install(root, "--set", "mqtt.port=8883")
+    settings = load_settings(environ={}, root=root)
+    assert (settings.mqtt.host, settings.mqtt.port) == ("broker.lan", 8883)
+    assert settings.node == "kitchen"
+
+
 @pytest.mark.parametrize("changed", ["etc/nestd/nestd.yaml", UNIT])
 def test_what_was_changed_is_kept_and_the_new_one_lies_beside_it(
     root: Path, changed: str, capsys: pytest.CaptureFixture[str]
@@ -148,7 +156,7 @@ def test_the_password_is_for_root_only_and_the_configuration_names_the_credentia
         (["--broker", "broker.lan:99999"], "mqtt.port"),
         (["--set", "mqtt.hots=x"], "did you mean `host`?"),
         (["--bundle", "/home/pi/gemma"], "move it to /var/lib/nestd"),
-        (["--bundle", "/root/gemma"], "cannot see it"),
+        (["--bundle", "/tmp/gemma"], "cannot see it"),
         (["--drop-in", "turbo"], "no drop-in is called turbo"),
         (["--password-file", "/nowhere/password"], "cannot read /nowhere/password"),
         (["--set", "elastic.memory.reserve_bytes=64G"], "nothing is left"),

@@ -190,13 +190,17 @@ def test_availability_is_retained_and_the_will_speaks_for_the_dead(mosquitto: Mo
 
 def test_a_killed_daemon_loses_no_request(mosquitto: Mosquitto) -> None:
     topic = "nestd/v1/node/request/generate"
-    with listening(mosquitto, "clients/me/r") as me:
+    with (
+        listening(mosquitto, "clients/me/r") as me,
+        listening(mosquitto, "nestd/v1/node/availability") as watcher,
+    ):
         with daemon(mosquitto) as process:
             me.publish(topic, request("wait", id="runs"), response_topic="clients/me/r")
             me.publish(topic, request("queued", id="waits"), response_topic="clients/me/r")
             me.until(lambda e: e["id"] == "waits")
             process.kill()
-            process.wait()
+            # Before the broker knows, it would send a message to the dead, and again with `dup`.
+            watcher.until(lambda a: a["state"] == "offline")
         me.publish(topic, request("absent", id="absent"), response_topic="clients/me/r")
         with daemon(mosquitto) as process:
             again = me.until(lambda e: e["id"] == "runs")

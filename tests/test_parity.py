@@ -29,6 +29,8 @@ pytestmark = pytest.mark.parity
 PROMPT, DECODE = 3 * WINDOW, 64
 TOLERANCE = 2e-4
 SHAPES = {"E2B-like": (30, 10), "E4B-like": (35, 15)}
+# Cut from another checkpoint: layers renumbered, so that the kinds come in no regular pattern.
+CUT_KINDS = [f"{kind}_attention" for kind in 2 * ("sliding", "full", "sliding", "sliding")]
 
 
 def token_ids(count: int, seed: int = 1) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -106,6 +108,15 @@ def test_float32_logits_equal_stepwise_decoding_of_transformers(tiny: Tiny) -> N
         np.testing.assert_allclose(logits[1 + index], expected[-1], atol=TOLERANCE, rtol=0)
 
 
+def test_a_cut_checkpoint_of_mixed_widths_equals_transformers(tmp_path: Path) -> None:
+    widths = [64, 128, 64, 128, 128, 64, 96, 64]
+    cut = Tiny(tmp_path, 8, 3, intermediate_size=widths, layer_types=CUT_KINDS)
+    ids = token_ids(PROMPT + 8)
+    expected, _ = reference(cut.model, ids)
+    logits, _ = decode(cut.graphs(32), ids, cut.full(32), PROMPT, PROMPT)
+    np.testing.assert_allclose(logits, expected[PROMPT - 1 :], atol=TOLERANCE, rtol=0)
+
+
 @pytest.mark.parametrize("rows", [2, 7, WINDOW + 9])
 def test_the_last_rows_of_a_chunk_all_have_the_logits_of_transformers(
     tiny: Tiny, rows: int
@@ -118,7 +129,7 @@ def test_the_last_rows_of_a_chunk_all_have_the_logits_of_transformers(
     np.testing.assert_allclose(logits[0], expected[PROMPT - rows : PROMPT], atol=TOLERANCE, rtol=0)
     assert batch.step(ids[None, PROMPT : PROMPT + rows], 0).shape == (1, 0, expected.shape[1])
     # The last tokens are forgotten and read again, as after a guess that was wrong.
-    batch.lengths -= rows // 2
+    batch.cut(0, len(ids) - rows - rows // 2)
     logits = batch.step(ids[None, batch.lengths[0] :], rows)
     np.testing.assert_allclose(logits[0], expected[-rows:], atol=TOLERANCE, rtol=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from nestd.daemon.engine import prepare
 from nestd.daemon.engine.cpu_class import CpuClass, classify
 from nestd.daemon.engine.graphs import Graphs
 from nestd.daemon.engine.messages import EngineOptions
+from nestd.daemon.engine.residency import needed_parts
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,16 @@ def test_every_8_bit_linear_becomes_per_channel_in_its_own_graph(
 
 
 @pytest.mark.usefixtures("old_arm")
+def test_each_part_of_the_model_can_be_handed_back(bundle: Bundle, tmp_path: Path) -> None:
+    prepared = prepare.prepared_decoder(bundle, tmp_path, 1)
+    parts = json.loads((prepared / prepare.PARTS).read_text())
+    full = needed_parts(bundle.manifest.model, bundle.manifest.submodel("full"))
+    assert parts.keys() == {"common", "originals"} | full
+    length = sum(length for regions in parts.values() for _, length in regions)
+    assert length > 0.95 * (prepared / prepare.DATA).stat().st_size
+
+
+@pytest.mark.usefixtures("old_arm")
 def test_4_bit_linears_keep_their_form(checkpoint: Path, tmp_path: Path) -> None:
     options = ConvertOptions(bits=4)
     bundle = convert(str(checkpoint), tmp_path / "b4", options, io.StringIO())
@@ -137,3 +149,12 @@ def test_the_log_names_the_class(
         prepare.prepared_decoder(bundle, tmp_path, 1)
     assert str(old_arm) in caplog.text
     assert "one scale a channel" in caplog.text
+
+
+def test_room_for_the_other_form_is_asked_for(
+    bundle: Bundle, request: pytest.FixtureRequest
+) -> None:
+    usual = prepare.needed_bytes(bundle)
+    request.getfixturevalue("old_arm")
+    decoder = bundle.manifest.submodels[-1].decoder_bytes
+    assert prepare.needed_bytes(bundle) - usual == pytest.approx(decoder, abs=1)

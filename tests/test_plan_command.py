@@ -15,11 +15,11 @@ def lines(capsys: pytest.CaptureFixture[str], *options: str) -> list[str]:
 
 
 def test_a_low_battery_and_little_memory_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    out = lines(capsys, "--profile", "raspberry-pi-5-8gb", "--memory", "4G", "--battery", "18")
-    assert "board 4.00 GB free, battery 18 % (discharging)" in out
-    assert "budget 3.00 GB after 1.00 GB for other programs" in out
-    assert "* E2B 1.91 B 50.9 % 4096 2.06 GB" in out
-    assert "E3.59B 3.59 B 63.4 % 4096 2.90 GB fits, without the margin for growing" in out
+    out = lines(capsys, "--profile", "raspberry-pi-5-8gb", "--memory", "3.8G", "--battery", "18")
+    assert "board 3.80 GB free, battery 18 % (discharging)" in out
+    assert "budget 2.80 GB after 1.00 GB for other programs" in out
+    assert "* E2B 1.91 B 50.9 % 4096 1.85 GB" in out
+    assert "E3.59B 3.59 B 63.4 % 4096 2.69 GB fits, without the margin for growing" in out
     assert any(line.startswith("left out, larger and no better") for line in out)
     assert "submodel E2B the battery is below 20 %" in out
     assert "this request E2B the battery is below 20 %" in out
@@ -27,9 +27,9 @@ def test_a_low_battery_and_little_memory_are_explained(capsys: pytest.CaptureFix
 
 def test_what_does_not_fit_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
     out = lines(capsys, "--profile", "raspberry-pi-5-8gb", "--memory", "3.6G")
-    assert "E3.59B 3.59 B 63.4 % 4096 2.90 GB does not fit" in out
-    assert "E2.69B 2.69 B 57.7 % 4096 2.45 GB fits, without the margin for growing" in out
-    assert "* E1.96B 1.96 B 53.4 % 4096 2.09 GB" in out
+    assert "E3.59B 3.59 B 63.4 % 4096 2.69 GB does not fit" in out
+    assert "E2.98B 2.98 B 59.5 % 4096 2.38 GB fits, without the margin for growing" in out
+    assert "* E2.69B 2.69 B 57.7 % 4096 2.24 GB" in out
 
 
 def test_the_request_is_explained_beside_the_plan(capsys: pytest.CaptureFixture[str]) -> None:

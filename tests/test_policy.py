@@ -35,13 +35,23 @@ def test_without_scores_every_submodel_is_a_rung() -> None:
 
 def test_the_cost_of_a_stage_is_weights_kv_cache_and_overhead() -> None:
     cost = ModelCost.of(MANIFEST, PI5)
-    assert cost.kv_bytes_per_token == 20 * 2 * 2 * 256 * 4
+    assert cost.kv_bytes(1) == 20 * 2 * 2 * 256 * 4
     stage = cost.stages[cost.stage_of_rung(0)]
     overhead = PI5.elastic.memory.overhead_bytes
     assert cost.bytes_of(stage) == stage.submodel.decoder_bytes + 4096 * 81920 + overhead
     assert cost.bytes_of(stage, sessions=2) - cost.bytes_of(stage) == 4096 * 81920
     vision = 343_000_000 + PI5.elastic.memory.encoder_overhead_bytes
     assert cost.bytes_of(stage, ("vision",)) - cost.bytes_of(stage) == vision
+
+
+def test_a_window_for_sliding_layers_and_int8_keys_and_values_cost_less_memory() -> None:
+    row = 2 * 2 * 256 * 4
+    windowed = ModelCost.of(MANIFEST, configure(engine__kv_window=True, engine__prefill_chunk=64))
+    assert windowed.kv_bytes(32768) == row * (4 * 32768 + 16 * (511 + 128))
+    assert windowed.kv_bytes(100) == ModelCost.of(MANIFEST, PI5).kv_bytes(100)
+    small = ModelCost.of(MANIFEST, configure(engine__kv_window=True, engine__kv_bits=8))
+    assert small.kv_bytes(32768) * 4 == windowed.kv_bytes(32768)
+    assert small.kv_bytes(32768) < 200e6
 
 
 def test_resident_weights_cost_the_whole_bundle_at_every_rung() -> None:

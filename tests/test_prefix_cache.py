@@ -27,13 +27,13 @@ SYSTEM = "You run a house of many rooms and answer in few words, always politely
 
 
 @pytest.fixture(scope="module")
-def graphs(tiny_bundle: Bundle) -> Graphs:
-    return Graphs(tiny_bundle, EngineOptions(threads=1))
+def graphs(exact_bundle: Bundle) -> Graphs:
+    return Graphs(exact_bundle, EngineOptions(threads=1))
 
 
 @pytest.fixture(scope="module")
-def prompt(tiny_bundle: Bundle) -> Prompt:
-    return Prompt(tiny_bundle)
+def prompt(exact_bundle: Bundle) -> Prompt:
+    return Prompt(exact_bundle)
 
 
 class Engine:
@@ -76,10 +76,21 @@ def test_the_next_turn_of_a_chat_reads_only_what_is_new(graphs: Graphs, prompt: 
     assert second.prompt_tokens - second.cached_tokens <= new
 
 
+@pytest.fixture(scope="module")
+def windowed(exact_bundle: Bundle) -> Graphs:
+    return Graphs(exact_bundle, EngineOptions(threads=1))
+
+
+@pytest.fixture(scope="module")
+def unwindowed(exact_bundle: Bundle) -> Graphs:
+    return Graphs(exact_bundle, EngineOptions(threads=1, kv_window=False))
+
+
 @pytest.mark.parametrize("submodel", ["nested", "full"])
 def test_answers_are_the_same_with_and_without(
-    graphs: Graphs, prompt: Prompt, submodel: str
+    unwindowed: Graphs, prompt: Prompt, submodel: str
 ) -> None:
+    graphs = unwindowed
     engine = Engine(graphs, prompt)
     for seed in range(6):
         texts = ("lamp on", "it is", f"now number {seed}")
@@ -87,6 +98,24 @@ def test_answers_are_the_same_with_and_without(
         alone = Engine(graphs, prompt, session_cache_bytes=0)
         assert known.text == alone.ask(*texts, submodel=submodel, seed=seed).text
     assert known.cached_tokens > 0
+
+
+def test_a_chat_goes_on_from_a_window_that_has_moved(
+    windowed: Graphs, unwindowed: Graphs, prompt: Prompt
+) -> None:
+    """Its last tokens are there; a question that branches off further up is read anew."""
+    some, whole = Engine(windowed, prompt), Engine(unwindowed, prompt)
+    alone = Engine(windowed, prompt, session_cache_bytes=0)
+    texts = ["lamp on and tell me at length about it, please", *["it is", "and off again"] * 2]
+    for seed in range(3):
+        answer = some.ask(*texts, seed=seed)
+        assert answer.text == alone.ask(*texts, seed=seed).text
+        whole.ask(*texts, seed=seed)
+        texts += [answer.text, "and the heater"]
+    assert answer.cached_tokens > 200
+    assert some.ask("heater off").text == alone.ask("heater off").text
+    assert some.events[-1].cached_tokens == 0  # type: ignore[union-attr]
+    assert whole.ask("heater off").cached_tokens > 0
 
 
 def test_what_another_submodel_has_read_is_read_again(graphs: Graphs, prompt: Prompt) -> None:

@@ -19,7 +19,8 @@ import pytest
 from nestd.bundle.errors import CheckpointError
 from nestd.bundle.manifest import Bundle
 from nestd.conversion.convert import ConvertOptions, convert
-from nestd.conversion.sources import resolve
+from nestd.conversion.sources.open import open_checkpoint
+from nestd.conversion.sources.resolve import resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "someone/tiny-gemma-3n"
@@ -121,6 +122,25 @@ def test_a_hub_that_cannot_be_reached_says_so(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_a_downloaded_repository_converts_again_without_the_hub(hub: str, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    nobody, cache = "http://127.0.0.1:9", tmp_path / "cache"
+    assert nestd_convert(REPOSITORY, tmp_path / "b", hub, cache).returncode == 0
+    again = nestd_convert(REPOSITORY, tmp_path / "again", nobody, cache)
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_cache_with_a_partial_download_says_so(hub: str, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    nobody, cache = "http://127.0.0.1:9", tmp_path / "cache"
+    assert nestd_convert(REPOSITORY, tmp_path / "b", hub, cache).returncode == 0
+    (weights,) = cache.glob("hub/*/snapshots/*/model.safetensors")
+    weights.unlink()
+    again = nestd_convert(REPOSITORY, tmp_path / "again", nobody, cache)
+    assert again.returncode == 2
+    assert "model.safetensors is missing: download the checkpoint again" in again.stderr
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("kagglehub") is not None, reason="kagglehub is installed"
 )
@@ -129,7 +149,10 @@ def test_kaggle_without_its_client_says_what_to_install() -> None:
         resolve("kaggle:google/gemma-3n/transformers/gemma-3n-e4b")
 
 
-def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_text("")
-    with pytest.raises(CheckpointError, match="is a file"):
-        resolve(str(tmp_path / "model.gguf"))
+def test_a_file_without_weights_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"")
+    with (
+        pytest.raises(CheckpointError, match="no GGUF file"),
+        open_checkpoint(resolve(str(tmp_path / "model.bin"))),
+    ):
+        pass

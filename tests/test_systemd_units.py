@@ -61,12 +61,23 @@ def test_the_service_is_as_closed_as_promised(unit: Path) -> None:
     assert float(found[1]) <= most
 
 
-def test_the_unit_keeps_what_sensing_needs() -> None:
-    """ProcSubset=pid hides /proc/meminfo, PrivateNetwork= the broker."""
+def test_the_unit_keeps_what_sensing_and_hearing_need() -> None:
+    """ProcSubset=pid hides /proc/meminfo, PrivateNetwork= the broker.
+
+    MemoryDenyWriteExecute= forbids cffi's callbacks, by which libsndfile reads a clip.
+    """
     unit = text("nestd.service")
     assert "ProcSubset=" not in unit
     assert "PrivateNetwork=" not in unit
+    assert "MemoryDenyWriteExecute=" not in unit
     assert "OOMPolicy=continue\n" in unit
+
+
+def test_every_line_of_the_unit_is_explained() -> None:
+    page = (ROOT / "docs/systemd.md").read_text(encoding="utf-8")
+    for name in ("nestd.service", *(f"{drop_in}.conf" for drop_in in DROP_INS)):
+        for key in set(re.findall(r"^(\w+)=", text(name), re.MULTILINE)):
+            assert f"`{key}=" in page, f"{key}= of {name} is not explained"
 
 
 def test_every_drop_in_is_listed() -> None:

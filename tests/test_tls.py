@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 
@@ -16,7 +17,8 @@ from support.mosquitto import Mosquitto
 from support.node import settings_for_tests
 from support.pki import YESTERDAY, Authority, Pair
 
-from nestd.bundle.errors import ConfigError
+from nestd.bundle.errors import BrokerError, ConfigError
+from nestd.client import Broker, connect
 from nestd.daemon.mqtt.connect import node_options, read_password
 from nestd.daemon.mqtt.packets import Connected, Disconnected, TransportEvent
 from nestd.daemon.mqtt.transport import PahoTransport
@@ -113,6 +115,22 @@ def test_a_client_certificate_of_the_right_ca_is_let_in(
             key_file=str(own.key),
         )
     assert isinstance(event, Connected)
+
+
+def test_a_client_from_python_shows_its_certificate_too(
+    authority: Authority, tmp_path: Path
+) -> None:
+    own = authority.issue("app")
+    with broker(authority, tmp_path, clients=True) as running:
+        place = Broker(host="localhost", port=running.port, tls=True, ca_file=str(authority.file))
+        with (
+            pytest.raises(BrokerError, match=r"set mqtt\.cert_file"),
+            connect(place, pool="house"),
+        ):
+            pass
+        pair = replace(place, cert_file=str(own.certificate), key_file=str(own.key))
+        with connect(pair, pool="house") as client:
+            assert client.pool == "house"
 
 
 def test_a_missing_client_certificate_is_told(authority: Authority, tmp_path: Path) -> None:

@@ -82,9 +82,9 @@ class AltUp:
         return graph.op("MatMul", graph.reshape(coefficients, -1, count, count), streams)
 
     def corrections(self, activated: str) -> str:
-        """Return [R, A, 2]: each stream's correction coefficient, and 1 for all streams but 0.
+        """Return [R, A * 2]: each stream's correction coefficient, and 1 for all streams but 0.
 
-        The second column lets one product add the per-layer embedding to those streams as well.
+        The second of a pair lets one product add the per-layer embedding to those streams as well.
         """
         graph, model = self.graph, self.context.model
         count = model.altup_num_inputs
@@ -96,24 +96,20 @@ class AltUp:
         pairs[:, 0] = weight
         bias = np.ones((count, 2), np.float32)
         bias[0, 1] = 0
-        flat = graph.op(
+        return graph.op(
             "Gemm",
             self._modalities(activated),
             graph.weight(name, pairs.reshape(2 * count, count)),
             graph.constant(bias.reshape(1, -1)),
             transB=1,
         )
-        return graph.reshape(flat, -1, count, 2)
 
     def correct(self, predictions: str, pairs: str, innovation: str, embedded: str) -> str:
         """Return predictions + pairs @ [innovation; embedded], the streams behind the layer."""
-        graph, axes = self.graph, self.graph.constant([1], np.int64)
-        additions = graph.op(
-            "Concat",
-            graph.op("Unsqueeze", innovation, axes),
-            graph.op("Unsqueeze", embedded, axes),
-            axis=1,
-        )
+        graph, model = self.graph, self.context.model
+        both = graph.op("Concat", innovation, embedded, axis=1)
+        additions = graph.reshape(both, -1, 2, model.hidden_size)
+        pairs = graph.reshape(pairs, -1, model.altup_num_inputs, 2)
         return graph.op("Add", predictions, graph.op("MatMul", pairs, additions))
 
 

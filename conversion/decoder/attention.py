@@ -39,8 +39,13 @@ def _owner(context: DecoderContext, graph: GraphBuilder, layer: int, normed: str
         )
     )
     projected = graph.linear(normed, f"{prefix}qkv_proj", fused, context.bits)
+    # One Reshape for all three. One norm for all three, or a packed input, would be slower.
     query, key, value = graph.ops(
-        "Split", projected, graph.constant(widths, np.int64), outputs=3, axis=1
+        "Split",
+        graph.op("Reshape", projected, context.qkv_shape),
+        graph.constant(widths, np.int64),
+        outputs=3,
+        axis=2,
     )
     query = _head_norm(context, graph, f"{prefix}q_norm.weight", query, model.num_attention_heads)
     key = _head_norm(context, graph, f"{prefix}k_norm.weight", key, model.num_key_value_heads)
@@ -49,9 +54,9 @@ def _owner(context: DecoderContext, graph: GraphBuilder, layer: int, normed: str
         context,
         graph,
         layer,
-        graph.op("Reshape", query, context.query_shape),
-        graph.op("Reshape", key, context.kv_shape),
-        graph.op("Reshape", value, context.kv_shape),
+        query,
+        key,
+        value,
         f"past_key_values.{layer}",
         present=f"present.{layer}",
     )
@@ -72,7 +77,7 @@ def _consumer(context: DecoderContext, graph: GraphBuilder, layer: int, normed: 
 def _head_norm(
     context: DecoderContext, graph: GraphBuilder, name: str | None, rows: str, heads: int
 ) -> str:
-    """RMS-normalise each head of rows [R, heads * head_dim]; without a name, without a weight."""
+    """RMS-normalise each head of [..., heads * head_dim]; without a name, without a weight."""
     scale = [context.small(graph, name, context.model.head_dim)] if name else []
     return graph.op(
         "BranchwiseRMSNorm",
@@ -96,7 +101,9 @@ def _group_query_attention(
     present: str | None,
 ) -> str:
     model = context.model
-    sliding = model.layer_types[layer] == "sliding_attention"
+    sliding = model.slides(layer)
+    # Rows of a sliding layer's cache are not numbered by position, so positions are given.
+    kind, positions = ("window_", [context.positions]) if sliding else ("", [])
     outputs = ["", f"{present}.key", f"{present}.value"] if present else [""]
     return graph.ops(
         "GroupQueryAttention",
@@ -105,9 +112,10 @@ def _group_query_attention(
         value,
         f"{past}.key",
         f"{past}.value",
-        "seqlens_k",
-        "total_sequence_length",
+        f"{kind}seqlens_k",
+        f"{kind}total_sequence_length",
         *context.rope[model.layer_types[layer]],
+        *positions,
         outputs=outputs,
         domain=MICROSOFT,
         num_heads=model.num_attention_heads,

@@ -21,7 +21,8 @@ class DecoderContext:
         small_bits: of the projections around them, which are few and more sensitive: never 4.
         rope: names of (cos, sin) caches by layer type.
         batch: name of the shape [B].
-        query_shape, kv_shape: names of the shapes [B, -1, width] that give rows a batch axis again.
+        query_shape, qkv_shape: names of the shapes [B, -1, width] that give rows a batch axis.
+        positions: name of the positions [B, rows] of the rows that run.
         no_kv: name of an empty key and value [B, 0, kv width] for layers without a cache.
         wide_flags, kept_flags: names of each layer's bool [1].
     """
@@ -33,7 +34,8 @@ class DecoderContext:
     rope: dict[str, tuple[str, str]] = field(default_factory=dict)
     batch: str = ""
     query_shape: str = ""
-    kv_shape: str = ""
+    qkv_shape: str = ""
+    positions: str = ""
     no_kv: str = ""
     wide_flags: list[str] = field(default_factory=list)
     kept_flags: list[str] = field(default_factory=list)

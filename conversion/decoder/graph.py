@@ -1,13 +1,22 @@
 """The decoder graph: every sub-model in one, chosen by inputs at each run.
 
-Inputs (B sequences, S new tokens each, C cache capacity, L layers, P per-layer embedding width):
+Inputs (B sequences, S new tokens each, C cache capacity, L layers, P per-layer embedding width,
+R rows with logits):
     inputs_embeds float32 [B, S, hidden]; per_layer_inputs float32 [B, S, L, P];
     past_key_values.{i}.key|value float32 [B, kv_heads, C, head_dim] of each layer with a cache;
-    seqlens_k int32 [B], tokens in the cache after this run minus one; total_sequence_length int32;
+    seqlens_k int32 [B], tokens of each sequence after this run minus one; total_sequence_length
+    int32 [], the most of them; window_seqlens_k, window_total_sequence_length, the same for the
+    caches of sliding layers, which hold the last tokens alone and have a capacity of their own;
     wide_layers bool [L]; kept_layers bool [L]; logit_rows int64 [1].
 Outputs:
-    logits float32 [B, R, vocab] of the last R = logit_rows new tokens of each sequence;
+    logits float32 [B, R, vocab] of the last R new tokens of each sequence;
     present.{i}.key|value, to be bound to the same buffers as past_key_values.
+
+Row r of a sliding layer's cache holds token T - T' + r where T and T' are a sequence's tokens and
+those in that cache. The caller moves rows to the front when it is full, and keeps at least the
+`sliding_window` - 1 that the first new token sees (`daemon/engine/window.py`). This is plain
+attention on plain buffers: ONNX Runtime's own `sliding_window_cache` evicts on its side, but
+refuses layers that read another's cache, and more than one new token in a batch.
 
 Behind the last layer that owns a cache only tokens whose logits are wanted matter: those layers and
 the lm_head run on these rows alone, and not at all where R is 0.
@@ -83,7 +92,13 @@ def write_decoder(
 
     # 3. The rest sees the last R tokens of each sequence.
     tail = graph.branch("tail")
-    logits = _tail(context, tail, streams, lm_head, count)
+    screen = context.matrix("embed_tokens", model.vocab_size, model.hidden_size)
+    hidden = _tail(context, tail, streams, count)
+    if quantization.lm_head_screen:
+        logits = lm_head.screened_logits(tail, hidden, screen)
+    else:
+        logits = lm_head.logits(tail, hidden)
+    logits = _cap(context, tail, logits)
     nothing = graph.branch("no_logits")
     empty = nothing.op("ConstantOfShape", context.batched(nothing, 0, model.vocab_size))
     graph.op(
@@ -108,11 +123,22 @@ def _shared_values(context: DecoderContext, graph: GraphBuilder) -> None:
         )
     context.batch = graph.op("Shape", "inputs_embeds", start=0, end=1)
     context.query_shape = context.batched(graph, -1, context.query_width)
-    context.kv_shape = context.batched(graph, -1, context.kv_width)
+    qkv_width = context.query_width + 2 * context.kv_width
+    context.qkv_shape = context.batched(graph, -1, qkv_width)
     context.no_kv = graph.op("ConstantOfShape", context.batched(graph, 0, context.kv_width))
+    context.positions = _positions(graph)
     layers = model.num_layers
     context.wide_flags = graph.ops("Split", "wide_layers", outputs=layers, num_outputs=layers)
     context.kept_flags = graph.ops("Split", "kept_layers", outputs=layers, num_outputs=layers)
+
+
+def _positions(graph: GraphBuilder) -> str:
+    """Return the position int64 [B, S] of each new token in its sequence."""
+    one, axis = graph.constant(1, np.int64), graph.constant([1], np.int64)
+    count = graph.op("Squeeze", graph.op("Shape", "inputs_embeds", start=1, end=2))
+    behind = graph.op("Range", graph.op("Sub", one, count), one, one)
+    last = graph.op("Cast", "seqlens_k", to=TensorProto.INT64)
+    return graph.op("Add", graph.op("Unsqueeze", last, axis), behind)
 
 
 def _per_layer_inputs(
@@ -143,20 +169,18 @@ def _per_layer_inputs(
     bounds = (graph.constant([bound], np.int64) for bound in (layers.start, layers.stop, 1))
     embedded = graph.op("Slice", per_layer_rows, *bounds)
     both = graph.op("Mul", graph.op("Add", normed, embedded), graph.constant(math.sqrt(0.5)))
-    pieces = graph.ops("Split", both, outputs=len(layers), axis=1, num_outputs=len(layers))
-    return {
-        layer: graph.reshape(piece, -1, width) for layer, piece in zip(layers, pieces, strict=True)
-    }
+    flat = graph.reshape(both, -1, len(layers) * width)
+    pieces = graph.ops("Split", flat, outputs=len(layers), axis=1, num_outputs=len(layers))
+    return dict(zip(layers, pieces, strict=True))
 
 
 def _tail(
     context: DecoderContext,
     tail: GraphBuilder,
     streams: str,
-    lm_head: EmbeddingTable,
     count: DecoderBytes,
 ) -> str:
-    """Run the layers without a cache, each behind its `kept` flag, and the lm_head."""
+    """Run the layers without a cache, each behind its `kept` flag, and the last norm."""
     model = context.model
     layers = range(model.first_kv_shared_layer, model.num_layers)
     bounds = (
@@ -172,6 +196,7 @@ def _tail(
     streams = last(tail.op("Reshape", streams, context.batched(tail, -1, *sizes)), *sizes)
     rows = last("inputs_embeds", model.hidden_size)
     per_layer_rows = last("per_layer_inputs", model.num_layers, model.hidden_size_per_layer_input)
+    context.positions = tail.op("Slice", context.positions, *bounds)
     per_layer = _per_layer_inputs(context, tail, rows, per_layer_rows, layers)
     for layer in layers:
         start = tail.weights.size
@@ -184,22 +209,29 @@ def _tail(
             else_branch=skipped.branch_graph([skipped.op("Identity", streams)]),
         )
         count.layers.append((tail.weights.size - start - wide, wide))
-    hidden = context.norm(tail, merge(context, tail, streams), "norm")
-    logits = lm_head.logits(tail, hidden)
-    logits = tail.op("Reshape", logits, context.batched(tail, -1, model.vocab_size))
-    if model.final_logit_softcapping is None:
-        return logits
-    cap = tail.constant(model.final_logit_softcapping)
-    return tail.op("Mul", tail.op("Tanh", tail.op("Div", logits, cap)), cap)
+    # Dividing by the cap is part of the norm's weight: one pass over the vocabulary less.
+    factor = 1 / (model.final_logit_softcapping or 1.0)
+    scale = context.small(tail, "norm.weight", model.hidden_size, factor=factor)
+    return tail.rms_norm(merge(context, tail, streams), scale, model.rms_norm_eps)
+
+
+def _cap(context: DecoderContext, tail: GraphBuilder, logits: str) -> str:
+    """Return logits [B, R, vocab] of rows [B * R, vocab] that were divided by the cap."""
+    logits = tail.op("Reshape", logits, context.batched(tail, -1, context.model.vocab_size))
+    cap = context.model.final_logit_softcapping
+    return tail.op("Mul", tail.op("Tanh", logits), tail.constant(cap)) if cap else logits
 
 
 def _cache_infos(model: ModelConfig, prefix: str) -> list[onnx.ValueInfoProto]:
-    shape: list[int | str] = ["batch", model.num_key_value_heads, "capacity", model.head_dim]
-    return [
-        tensor_info(f"{prefix}.{layer}.{part}", TensorProto.FLOAT, shape)
-        for layer in range(model.first_kv_shared_layer)
-        for part in ("key", "value")
-    ]
+    infos = []
+    for layer in range(model.first_kv_shared_layer):
+        capacity = "window_capacity" if model.slides(layer) else "capacity"
+        shape: list[int | str] = ["batch", model.num_key_value_heads, capacity, model.head_dim]
+        infos += [
+            tensor_info(f"{prefix}.{layer}.{part}", TensorProto.FLOAT, shape)
+            for part in ("key", "value")
+        ]
+    return infos
 
 
 def _inputs(model: ModelConfig) -> list[onnx.ValueInfoProto]:
@@ -209,6 +241,8 @@ def _inputs(model: ModelConfig) -> list[onnx.ValueInfoProto]:
         tensor_info("per_layer_inputs", TensorProto.FLOAT, ["batch", "sequence", layers, width]),
         tensor_info("seqlens_k", TensorProto.INT32, ["batch"]),
         tensor_info("total_sequence_length", TensorProto.INT32, []),
+        tensor_info("window_seqlens_k", TensorProto.INT32, ["batch"]),
+        tensor_info("window_total_sequence_length", TensorProto.INT32, []),
         tensor_info("wide_layers", TensorProto.BOOL, [layers]),
         tensor_info("kept_layers", TensorProto.BOOL, [layers]),
         tensor_info("logit_rows", TensorProto.INT64, [1]),

@@ -13,7 +13,7 @@ from nestd.conversion.decoder.altup import AltUp, stream
 from nestd.conversion.decoder.attention import attention
 from nestd.conversion.decoder.context import DecoderContext
 from nestd.conversion.decoder.feed_forward import FeedForward
-from nestd.conversion.graph_builder import GraphBuilder
+from nestd.conversion.graph_builder import MICROSOFT, GraphBuilder
 
 
 def decoder_layer(
@@ -37,6 +37,7 @@ def decoder_layer(
     # 2. Attention and LAuReL, side by side.
     normed = norm(active, "input_layernorm")
     attended = norm(attention(context, graph, layer, normed), "post_attention_layernorm")
+    # Three additions: `Sum` is one operator, and slower on a chunk of a prompt.
     laurel = graph.op("Add", normed, _laurel(context, graph, layer, normed))
     residual = graph.op("Add", graph.op("Add", active, attended), laurel)
     residual = graph.op("Mul", residual, graph.constant(math.sqrt(0.5)))
@@ -50,8 +51,8 @@ def decoder_layer(
     # 4. AltUp corrects; the per-layer embedding joins every stream but the active one.
     innovation = graph.op("Sub", activated, active)
     pairs = altup.corrections(activated)
-    first = graph.op("Gather", stream(graph, pairs, 0), graph.constant([0], np.int64), axis=1)
-    corrected = graph.op("Add", active, graph.op("Mul", innovation, first))
+    first = graph.op("Gather", pairs, graph.constant([0], np.int64), axis=1)
+    corrected = graph.op("GatedAdd", active, innovation, first, domain=MICROSOFT)
     embedded = _per_layer_embedding(context, graph, layer, corrected, per_layer_input)
     embedded = norm(embedded, "post_per_layer_input_norm")
     return altup.correct(predictions, pairs, innovation, embedded), wide_bytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nestd.bundle.errors import BundleError, ConfigError
@@ -12,6 +12,7 @@ from nestd.daemon.config import CONFIG_FILE, Explained, explain_settings
 from nestd.daemon.doctor import files, machine, memory, model, reach, rights, sensors, storage
 from nestd.daemon.doctor.finding import Finding, failed, ok, skipped
 from nestd.daemon.elastic.resources import Sampler
+from nestd.daemon.engine.messages import CPU_PROVIDERS
 from nestd.daemon.mqtt.connect import node_options
 from nestd.daemon.settings import Settings
 
@@ -34,12 +35,12 @@ def examine(
         explained = explain_settings(config, profile, overrides)
     except ConfigError as error:
         yield failed("configuration", str(error), "correct these, then ask the doctor again")
-        yield from _machine(Path("/"))
+        yield from _machine(Path("/"), CPU_PROVIDERS)
         yield skipped("everything else", "the configuration cannot be used")
         return
     settings = explained.settings
     yield from _configuration(config, explained)
-    yield from _machine(settings.sysroot)
+    yield from _machine(settings.sysroot, settings.engine.execution_providers)
     yield from _board(settings)
     yield from _bundle(settings, quick)
     yield from _broker(settings)
@@ -50,12 +51,13 @@ def _configuration(config: Path | None, explained: Explained) -> Iterator[Findin
     yield ok("configuration", "valid; `nestd check-config` prints it")
     yield files.permissions(config or Path(os.environ.get("NESTD_CONFIG") or f"/{CONFIG_FILE}"))
     yield files.secrets(settings.mqtt)
+    yield files.program(settings.filter)
     yield files.profile(settings.sysroot, settings.profile, explained.detected)
 
 
-def _machine(root: Path) -> Iterator[Finding]:
+def _machine(root: Path, providers: Sequence[str]) -> Iterator[Finding]:
     yield machine.python()
-    yield machine.onnx_runtime()
+    yield machine.onnx_runtime(providers)
     yield machine.cpu(root)
     yield machine.clock(root)
 
@@ -99,7 +101,7 @@ def _broker(settings: Settings) -> Iterator[Finding]:
     try:
         options = node_options(settings)
     except ConfigError as error:
-        yield failed("broker", str(error), "name a file that exists and that this user may read")
+        yield failed("broker", str(error), "see what was said about `secrets`")
         return
     for check in (reach.network, reach.handshake):
         finding = check(options)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 from pathlib import Path
 
 from nestd.daemon.credentials import secret_path
 from nestd.daemon.doctor.finding import Finding, failed, ok, skipped, warning
-from nestd.daemon.settings import MqttSettings
+from nestd.daemon.settings import FilterSettings, MqttSettings
 from nestd.device_profiles import FALLBACK, look
 
 
@@ -38,7 +39,10 @@ def secrets(mqtt: MqttSettings) -> Finding:
                 "secrets",
                 f"{key}: cannot read {path}: {error.strerror}",
                 "name a file that exists, and let the daemon's user read it: "
-                f"sudo chown nestd {path}",
+                f"sudo chown nestd {path}"
+                if path.is_absolute()
+                else "a credential of systemd's is for the service alone, so ask as root: "
+                "sudo CREDENTIALS_DIRECTORY=/etc/credstore nestd doctor",
             )
         if mode & (stat.S_IROTH | stat.S_IWOTH):
             return failed(
@@ -47,6 +51,24 @@ def secrets(mqtt: MqttSettings) -> Finding:
                 f"sudo chmod 600 {path}, and sudo chown nestd {path} if the daemon runs as nestd",
             )
     return ok("secrets", f"only owner and group read {', '.join(map(str, files.values()))}")
+
+
+def program(settings: FilterSettings) -> Finding:
+    """Whether the filter's program is there: without it every request is refused."""
+    if not settings.command:
+        patterns = len(settings.patterns)
+        return (
+            ok("filter", f"{patterns} patterns") if patterns else skipped("filter", "none is set")
+        )
+    name = settings.command[0]
+    found = shutil.which(name)
+    if found is None:
+        return failed(
+            "filter",
+            f"{name} cannot be run, so everything is refused",
+            "write the whole path of an executable program into filter.command",
+        )
+    return ok("filter", f"{found} may be run")
 
 
 def permissions(config: Path) -> Finding:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 from nestd.daemon.doctor.finding import Finding, failed, ok, skipped, warning
 from nestd.daemon.engine import cpu_class
 
-_PROVIDER = "CPUExecutionProvider"
 # adjtimex(2): the clock is not synchronised.
 _TIME_ERROR = 5
 # Larger than any `struct timex`.
@@ -21,8 +21,8 @@ def python() -> Finding:
     return ok("python", f"{platform.python_version()} on {platform.machine()}")
 
 
-def onnx_runtime() -> Finding:
-    """The library that runs the graphs, and what it could run them on."""
+def onnx_runtime(wanted: Sequence[str]) -> Finding:
+    """The library that runs the graphs, and whether it has the execution providers wanted."""
     try:
         from nestd.daemon.engine.sessions import VERSION, providers
     except ImportError as error:
@@ -32,13 +32,14 @@ def onnx_runtime() -> Finding:
             "install it again: pip install --force-reinstall onnxruntime",
         )
     found = providers()
-    if _PROVIDER not in found:
+    if missing := [name for name in wanted if name not in found]:
         return failed(
             "onnxruntime",
-            f"{VERSION} without {_PROVIDER}",
-            "install the CPU package: pip install --force-reinstall onnxruntime",
+            f"{VERSION} has {', '.join(found)}, not {', '.join(missing)}",
+            "install the package of ONNX Runtime that has it (docs/arm.md), or take the name out "
+            "of engine.execution_providers",
         )
-    return ok("onnxruntime", f"{VERSION} with {', '.join(found)}; nestd runs on the CPU's")
+    return ok("onnxruntime", f"{VERSION}; used of {', '.join(found)}: {', '.join(wanted)}")
 
 
 def cpu(root: Path) -> Finding:

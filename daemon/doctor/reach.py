@@ -41,7 +41,7 @@ def network(options: TransportOptions) -> Finding:
 def handshake(options: TransportOptions) -> Finding:
     """TLS: version, and how long the broker's certificate holds."""
     if not options.tls:
-        if _is_here(options.host):
+        if is_here(options.host):
             return skipped("tls", "mqtt.tls is off, and the broker is on this machine")
         return warning(
             "tls",
@@ -70,7 +70,8 @@ def handshake(options: TransportOptions) -> Finding:
     return ok("tls", seen)
 
 
-def _is_here(host: str) -> bool:
+def is_here(host: str) -> bool:
+    """Say whether `host` names this machine, as far as its name or address tells."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -18,6 +18,8 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 
 from nestd.daemon.doctor.finding import Finding, failed, ok, skipped, warning
+from nestd.daemon.doctor.reach import is_here
+from nestd.daemon.home_assistant import device_id
 from nestd.daemon.mqtt.connect import node_options
 from nestd.daemon.mqtt.packets import (
     Connected,
@@ -39,6 +41,9 @@ from nestd.daemon.units import format_bytes
 ANSWER_SECONDS = 3.0
 # A retained message comes right behind the SUBACK, if there is one.
 RETAINED_SECONDS = 0.5
+# A payload of this size at most is tried.
+PROBE_BYTES = 4 * 2**20
+_SILENT = "MQTT 3.1.1 does not tell whether the broker refuses a message"
 _ACL = "examples/mosquitto/acl has the rights that a node needs, docs/mqtt.md the list"
 
 
@@ -129,15 +134,39 @@ def examine(settings: Settings) -> list[Finding]:
             ]
         who = settings.mqtt.username or "anonymous"
         found = [ok("login", f"as {who}, MQTT {settings.mqtt.protocol}")]
+        found.append(strangers(settings))
         found.append(reading(login, settings))
         online = _online(login)
-        found.append(writing(login))
+        found.append(writing(login, settings))
         found.append(last_will(login, settings, online))
         # Last, because a broker may end the connection over it.
         found.append(packets(login, settings, event.maximum_packet_size))
         return found
     finally:
         login.close()
+
+
+def strangers(settings: Settings) -> Finding:
+    """Whether the broker lets in whoever has no login."""
+    mqtt = settings.mqtt
+    if mqtt.cert_file is not None:
+        return skipped("strangers", "our client certificate may stand for a login")
+    let_in = mqtt.username is None
+    if not let_in:
+        nobody = mqtt.model_copy(update={"username": None, "password_file": None})
+        login = Login(settings.model_copy(update={"mqtt": nobody}), "doctor-stranger")
+        let_in = isinstance(login.first(), Connected)
+        login.close()
+    if not let_in:
+        return ok("strangers", "nobody comes in without a login")
+    seen = "the broker lets in everybody without a login"
+    if is_here(mqtt.host):
+        return ok("strangers", f"{seen}; it is on this machine: see that it listens here only")
+    return warning(
+        "strangers",
+        f"{seen}, who can read prompts and answers",
+        "allow_anonymous false and a password_file in mosquitto.conf (examples/mosquitto)",
+    )
 
 
 def reading(login: Login, settings: Settings) -> Finding:
@@ -150,8 +179,9 @@ def reading(login: Login, settings: Settings) -> Finding:
         # Not the shared subscription: it would take requests from the nodes.
         *(pool_request(mqtt.prefix, pool) for pool in mqtt.pools),
     ]
-    if settings.home_assistant.enabled:
-        filters.append(settings.home_assistant.status_topic)
+    ours = settings.home_assistant
+    config_topic = f"{ours.prefix}/device/{device_id(topics.node)}/config"
+    filters.append(ours.status_topic if ours.enabled else config_topic)
     refusals = login.subscribe(filters)
     if refusals is None:
         return failed("read rights", "the broker does not answer a SUBSCRIBE", "see its log")
@@ -172,15 +202,17 @@ def reading(login: Login, settings: Settings) -> Finding:
     if login.hear(topic, token.encode()) is None:
         return failed(
             "read rights",
-            f"what is published on {topic} does not reach this login, though it may subscribe",
-            f"give it read on {topics.base}/#: {_ACL}",
+            f"what this login publishes on {topic} does not come back, though it may subscribe",
+            f"give it read and write on {topics.base}/#: {_ACL}",
         )
     return ok("read rights", f"{len(filters)} subscriptions granted, a request comes through")
 
 
-def writing(login: Login) -> Finding:
+def writing(login: Login, settings: Settings) -> Finding:
     """Whether answers and state may be published."""
     topics = (f"{login.topics.response('generate')}/doctor", f"{CLIENTS}/{login.client_id}/doctor")
+    if settings.mqtt.protocol != "5":
+        return skipped("write rights", _SILENT)
     refused = []
     for topic in topics:
         refusal = login.publish(topic, b"{}")
@@ -193,24 +225,27 @@ def writing(login: Login) -> Finding:
 
 def packets(login: Login, settings: Settings, announced: int | None) -> Finding:
     """Whether messages of the largest payload that is allowed get through."""
-    wanted = settings.mqtt.max_payload_bytes
+    limit = settings.mqtt.max_payload_bytes
+    wanted = min(limit, PROBE_BYTES)
     remedy = (
         "raise max_packet_size (or message_size_limit) in mosquitto.conf, or lower "
         "mqtt.max_payload_bytes; large media go in pieces that fit"
     )
-    if announced is not None and announced < wanted:
+    if announced is not None and announced < limit:
         return warning(
             "packet limit",
             f"the broker takes {format_bytes(announced)}, mqtt.max_payload_bytes is "
-            f"{format_bytes(wanted)}: larger requests are lost before they reach the node",
+            f"{format_bytes(limit)}: larger requests are lost before they reach the node",
             remedy,
         )
     refusal = login.publish(f"{login.topics.response('generate')}/doctor", bytes(wanted))
     if refusal is not None:
         seen = f"a message of {format_bytes(wanted)} is refused: {refusal}"
         return warning("packet limit", seen, remedy)
-    limit = "no limit" if announced is None else f"a limit of {format_bytes(announced)}"
-    return ok("packet limit", f"the broker names {limit} and takes {format_bytes(wanted)}")
+    if settings.mqtt.protocol != "5":
+        return skipped("packet limit", _SILENT)
+    named = "no limit" if announced is None else f"a limit of {format_bytes(announced)}"
+    return ok("packet limit", f"the broker names {named} and takes {format_bytes(wanted)}")
 
 
 def last_will(login: Login, settings: Settings, online: bool) -> Finding:

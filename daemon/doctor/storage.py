@@ -12,7 +12,7 @@ from pathlib import Path
 from nestd.bundle.manifest import Bundle
 from nestd.daemon.doctor.finding import Finding, failed, ok, skipped, warning
 from nestd.daemon.doctor.mounts import device_of
-from nestd.daemon.engine.prepare import GROWTH
+from nestd.daemon.engine.prepare import needed_bytes
 from nestd.daemon.settings import Settings
 from nestd.daemon.units import format_bytes
 
@@ -30,7 +30,7 @@ def space(settings: Settings, bundle: Bundle) -> Finding:
     free = shutil.disk_usage(there).free
     needed = settings.media.store_bytes
     if settings.weights == "mapped" and not _is_prepared(bundle, state / "prepared"):
-        needed += int(GROWTH * bundle.manifest.submodels[-1].decoder_bytes)
+        needed += needed_bytes(bundle)
     seen = f"{state} has {format_bytes(free)} free, {format_bytes(needed)} are still needed"
     if free < needed:
         return failed(

@@ -10,16 +10,15 @@ to a short conversation before it shrinks to nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from nestd.bundle.manifest import Manifest, Modality, Submodel
+from nestd.daemon.engine.window import Window
 from nestd.daemon.settings import Settings
 
 ENCODERS: dict[Modality, str] = {"vision": "vision_encoder", "audio": "audio_encoder"}
-
-# The engine keeps keys and values in float32.
-_KV_ELEMENT_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class ModelCost:
         ladder: those worth running, the smallest first.
         stages: from the least memory to the most; each rung of the ladder has its full context,
             the smallest rung shorter ones too.
-        kv_bytes_per_token: KV cache of one token of one session.
+        kv_bytes: KV cache of one session of so many tokens.
         encoder_bytes: weights of each encoder in the bundle.
         resident_bytes: weights in private memory whichever sub-model runs; None when mapped.
     """
@@ -47,7 +46,7 @@ class ModelCost:
     submodels: tuple[Submodel, ...]
     ladder: tuple[Submodel, ...]
     stages: tuple[Stage, ...]
-    kv_bytes_per_token: int
+    kv_bytes: Callable[[int], int]
     encoder_bytes: dict[Modality, int]
     resident_bytes: int | None
     overhead_bytes: int
@@ -60,7 +59,8 @@ class ModelCost:
         rungs = pareto_front(submodels)
         model = manifest.model
         memory = settings.elastic.memory
-        full = settings.engine.context_length
+        engine = settings.engine
+        full = engine.context_length
         sections = manifest.sections
         return cls(
             submodels=submodels,
@@ -69,12 +69,12 @@ class ModelCost:
                 *(Stage(rungs[0], length) for length in _short(full, memory.min_context_length)),
                 *(Stage(rung, full) for rung in rungs),
             ),
-            kv_bytes_per_token=(
-                model.first_kv_shared_layer
-                * 2  # keys and values
-                * model.num_key_value_heads
-                * model.head_dim
-                * _KV_ELEMENT_BYTES
+            kv_bytes=partial(
+                model.kv_cache_bytes,
+                window_capacity=Window.of(
+                    model.sliding_window, full, engine.prefill_chunk if engine.kv_window else None
+                ).capacity,
+                kv_bits=engine.kv_bits,
             ),
             encoder_bytes={
                 modality: sections.get(graph, 0)
@@ -95,7 +95,7 @@ class ModelCost:
         weights = self.resident_bytes
         if weights is None:
             weights = stage.submodel.decoder_bytes
-        cache = sessions * stage.context_length * self.kv_bytes_per_token
+        cache = sessions * self.kv_bytes(stage.context_length)
         media = sum(self.encoder_bytes[item] + self.encoder_overhead_bytes for item in encoders)
         return weights + cache + self.overhead_bytes + media
 

@@ -113,15 +113,15 @@ class Generation:
         """Of the prompt and the answer, how many are in the cache."""
         return self._cache.length
 
-    def step(self, chunk: int = 128) -> str:
+    def step(self, chunk: int = 128, guess: bool = True) -> str:
         """Run one step of this answer alone; return the new text, often "".
 
         That is up to `chunk` tokens of its prompt, or else all tokens that are not in the cache
-        yet, with guesses of what may follow them.
+        yet, and with `guess` what may follow them.
         """
         start = self._cache.length
         if not self.prefilling:
-            return self._decode(self._tokens[start:])
+            return self._decode(self._tokens[start:], guess)
         ids = self._tokens[start : min(start + chunk, self.prompt_tokens)]
         last = start + len(ids) == self.prompt_tokens
         return self._run(ids, 1 if last else 0, self._take_soft_rows(ids))
@@ -136,10 +136,13 @@ class Generation:
             self._known.keep(self._identity, self._made_by, self._cache)
         self._cache.caches.free(self._cache)
 
-    def _decode(self, pending: Ids) -> str:
-        if self._lookup is None:
+    def _decode(self, pending: Ids, guess: bool) -> str:
+        room = self._cache.caches.window.most_rows - len(pending)
+        if room < 0:  # a schema left no choice for more tokens than a step takes
+            return self._run(pending[:room], 0)
+        if self._lookup is None or not guess:
             return self._run(pending, 1)
-        most = self._max_tokens - self.completion_tokens - 1
+        most = min(self._max_tokens - self.completion_tokens - 1, room)
         guesses = self._lookup.propose(self._identity, most)
         before = self.guessed_tokens
         piece = self._run(np.concatenate([pending, guesses]), len(guesses) + 1)
@@ -220,17 +223,17 @@ class Generation:
         return self._text.finish()
 
 
-def decode(graphs: Graphs, generations: Sequence[Generation]) -> list[str]:
+def decode(graphs: Graphs, generations: Sequence[Generation], guess: bool) -> list[str]:
     """Run one step of answers whose prompts are read and whose sub-model is the same.
 
-    An answer alone runs all of its tokens that have not run yet, together with others one. Tokens
-    that a grammar left no choice about may then have to wait for further steps.
+    An answer alone takes a `step` of its own. Together each runs one token; those that a grammar
+    left no choice about may then have to wait for further steps.
 
     Returns:
         The new text of each, often "".
     """
     if len(generations) == 1:
-        return [generations[0].step()]
+        return [generations[0].step(guess=guess)]
     submodel = generations[0].submodel
     ids = np.array([[item._tokens[item._cache.length]] for item in generations])
     logits = graphs.run_batch(ids, [item._cache for item in generations], submodel)

@@ -13,13 +13,14 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from nestd.bundle.manifest import Bundle, Submodel
+from nestd.bundle.manifest import Bundle, ModelConfig, Submodel
 from nestd.daemon.engine.encoders import hard_embeddings, soft_tokens
 from nestd.daemon.engine.kv_cache import KVCache, KVCaches, View
 from nestd.daemon.engine.messages import EngineOptions
-from nestd.daemon.engine.prepare import GRAPH, prepared_decoder
+from nestd.daemon.engine.prepare import GRAPH, decoder_graph, prepared_decoder
 from nestd.daemon.engine.residency import Residency, advise, mappings
 from nestd.daemon.engine.sessions import Session, load_graph, share
+from nestd.daemon.engine.window import Window
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -31,20 +32,33 @@ class _Bound:
     Past and present are the same memory: the new rows are written where they belong.
     """
 
-    def __init__(self, decoder: Session, view: View) -> None:
+    def __init__(self, decoder: Session, view: View, model: ModelConfig) -> None:
         batch = len(next(iter(view.buffers.values())))
-        self.seqlens_k = np.zeros(batch, np.int32)
-        self.total_sequence_length = np.zeros((), np.int32)
         self.binding = decoder.io_binding()
-        for name, value in (
-            ("seqlens_k", self.seqlens_k),
-            ("total_sequence_length", self.total_sequence_length),
-        ):
-            self.binding.bind_ortvalue_input(name, share(value))
+        self._lengths = {}
+        for kind in ("", "window_"):
+            seqlens_k, total = np.zeros(batch, np.int32), np.zeros((), np.int32)
+            self.binding.bind_ortvalue_input(f"{kind}seqlens_k", share(seqlens_k))
+            self.binding.bind_ortvalue_input(f"{kind}total_sequence_length", share(total))
+            self._lengths[kind] = (seqlens_k, total)
         for name, buffer in view.buffers.items():
-            value = share(buffer)
-            self.binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            self.binding.bind_ortvalue_output(f"present.{name}", value)
+            self.binding.bind_ortvalue_input(f"past_key_values.{name}", share(buffer))
+        # An int8 cache has outputs for the layers that read another's, too.
+        for output in decoder.get_outputs():
+            name, *place = output.name.split(".")
+            if name == "present":
+                source = f"{model.kv_source(int(place[0]))}.{place[1]}"
+                self.binding.bind_ortvalue_output(output.name, share(view.buffers[source]))
+
+    def set_lengths(self, places: Sequence[int], caches: Sequence[KVCache], rows: int) -> None:
+        """Tell how many tokens there are after a run of `rows` more."""
+        for kind, held in (
+            ("", [cache.length for cache in caches]),
+            ("window_", [cache.length - cache.start for cache in caches]),
+        ):
+            seqlens_k, total = self._lengths[kind]
+            seqlens_k[places] = [length + rows - 1 for length in held]
+            total[...] = max(held) + rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +90,18 @@ class Graphs:
         ]
         for address, length in self._tables:
             advise(address, length, mmap.MADV_RANDOM)
+        self._options = options
         self._residency: Residency | None = None
         if options.prepared_directory is None:
             self._decoder = load_graph(
-                bundle.file("decoder.onnx"),
+                bundle.file(f"{decoder_graph(options.kv_bits)}.onnx"),
                 options.threads,
                 providers=options.execution_providers,
             )
         else:
-            prepared = prepared_decoder(bundle, options.prepared_directory, options.threads)
+            prepared = prepared_decoder(
+                bundle, options.prepared_directory, options.threads, options.kv_bits
+            )
             self._decoder = load_graph(prepared / GRAPH, options.threads)
             self._residency = Residency(prepared, self.model)
             self._residency.drop_all()
@@ -111,7 +128,9 @@ class Graphs:
 
     def new_caches(self, slots: int, capacity: int) -> KVCaches:
         """Return empty slots for sequences of up to `capacity` tokens each."""
-        return KVCaches(self.model, slots, capacity)
+        options, size = self._options, self.model.sliding_window
+        window = Window.of(size, capacity, options.prefill_chunk if options.kv_window else None)
+        return KVCaches(self.model, slots, capacity, window, options.kv_bits)
 
     def new_cache(self, capacity: int) -> KVCache:
         """Return an empty cache for one sequence of up to `capacity` tokens."""
@@ -157,8 +176,8 @@ class Graphs:
             The logits [logit_rows, vocab] of each sequence. The next run overwrites them.
 
         Raises:
-            ValueError: no ids, an id outside the vocabulary, no room in a cache, or more or fewer
-                rows than soft tokens.
+            ValueError: no ids, an id outside the vocabulary, no room in a cache, more tokens than
+                a window takes in one step, or more or fewer rows than soft tokens.
         """
         size = ids.shape[1]
         room = min(cache.room for cache in caches)
@@ -176,8 +195,9 @@ class Graphs:
         self._embed_media(in_order.reshape(-1), embeds.reshape(-1, embeds.shape[-1]), soft_rows)
 
         bound = self._bound(view)
-        bound.seqlens_k[places] = [cache.length + size - 1 for cache in caches]
-        bound.total_sequence_length[...] = bound.seqlens_k.max() + 1
+        for cache in caches:
+            cache.make_room(size)
+        bound.set_lengths(places, caches, size)
         flags = self._submodel_flags(submodel)
         for name, value in (
             ("inputs_embeds", embeds),
@@ -212,7 +232,7 @@ class Graphs:
     def _bound(self, view: View) -> _Bound:
         bound = self._bindings.get(view)
         if bound is None:
-            bound = self._bindings[view] = _Bound(self._decoder, view)
+            bound = self._bindings[view] = _Bound(self._decoder, view, self.model)
         return bound
 
     def _logits_buffer(self, batch: int, rows: int) -> Floats:

@@ -34,6 +34,8 @@ class EngineOptions(_Message):
         threads: intra-operator threads; None leaves the choice to ONNX Runtime.
         context_length: tokens that one session's KV cache holds.
         prefill_chunk: prompt tokens per prefill step; a cancel or switch waits for one chunk.
+        kv_window: caches of sliding layers hold the last tokens alone, not the whole context.
+        kv_bits: width of keys and values.
         parallel_requests: answers that run at once; each may fill a KV cache of `context_length`.
         max_stall_seconds: how long a chunk of a prompt may hold up answers that run.
         prompt_lookup: guess an answer's next tokens from its prompt while it runs alone.
@@ -50,6 +52,8 @@ class EngineOptions(_Message):
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     context_length: Annotated[int, Field(ge=16, le=131072)] = 4096
     prefill_chunk: Annotated[int, Field(ge=1, le=4096)] = 128
+    kv_window: bool = True
+    kv_bits: Literal[8, 32] = 32
     parallel_requests: Annotated[int, Field(ge=1, le=64)] = 4
     max_stall_seconds: Annotated[float, Field(gt=0, le=60)] = 0.25
     prompt_lookup: bool = True

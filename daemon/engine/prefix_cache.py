@@ -77,7 +77,7 @@ class PrefixCache:
         best, most = None, LEAST_TOKENS - 1
         for rows in self._kept:
             length = min(_common(rows, submodel, ids), len(ids) - 1)
-            if length > most:
+            if length > most and rows.kept.holds(length):
                 best, most = rows, length
         if best is None:
             return 0

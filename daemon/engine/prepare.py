@@ -28,7 +28,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nestd.bundle.errors import BundleError
 from nestd.bundle.manifest import Bundle
@@ -40,6 +40,7 @@ GRAPH = "decoder.onnx"
 DATA = "decoder.data"
 PARTS = "parts.json"
 ORIGINALS = "originals"
+ROWS = "rows"
 # Bytes on disk per byte of weights: originals, rearranged copies, and alignment.
 GROWTH = 2.2
 # The same while the decoder's other form lies beside them.
@@ -48,20 +49,35 @@ GROWTH_PER_CHANNEL = GROWTH + 1
 log = logging.getLogger(__name__)
 
 
-def prepared_decoder(bundle: Bundle, directory: Path, threads: int | None) -> Path:
+def decoder_graph(kv_bits: Literal[8, 32]) -> str:
+    """Return the name of the bundle's decoder graph with a KV cache of that width."""
+    return "decoder" if kv_bits == 32 else "decoder_int8_cache"
+
+
+def prepared_decoder(
+    bundle: Bundle, directory: Path, threads: int | None, kv_bits: Literal[8, 32] = 32
+) -> Path:
     """Return the directory with the prepared decoder of `bundle`, made now if it is not there.
 
     Args:
         bundle: what to prepare.
         directory: where prepared weights are kept, one sub-directory a bundle.
         threads: intra-operator threads.
+        kv_bits: width of the KV cache.
 
     Raises:
         BundleError: the disk is too small, or ONNX Runtime refuses the graph.
     """
+    source = bundle.file(f"{decoder_graph(kv_bits)}.onnx")
+    files = (source.name, "decoder.data", "embed_tokens.")
+    return _prepared(bundle, "decoder", source, files, needed_bytes(bundle), directory, threads)
+
+
+def needed_bytes(bundle: Bundle) -> int:
+    """Return how much disk the preparation of the decoder takes on this CPU."""
     growth = GROWTH if detect().blockwise_int8 else GROWTH_PER_CHANNEL
-    needed = int(growth * bundle.manifest.submodels[-1].decoder_bytes)
-    return _prepared(bundle, "decoder", ("decoder.", "embed_tokens."), needed, directory, threads)
+    sections = bundle.manifest.sections
+    return int(growth * (sections["decoder"] + sections["embed_tokens"]))
 
 
 def prepared_encoder(bundle: Bundle, graph: str, directory: Path, threads: int | None) -> Path:
@@ -79,18 +95,20 @@ def prepared_encoder(bundle: Bundle, graph: str, directory: Path, threads: int |
     section = graph if graph in bundle.manifest.sections else graph.rpartition("_")[0]
     needed = int(GROWTH * bundle.manifest.sections[section])
     files = (f"{graph}.", f"{section}.")
-    return _prepared(bundle, graph, files, needed, directory, threads) / f"{graph}.onnx"
+    source = bundle.file(f"{graph}.onnx")
+    return _prepared(bundle, graph, source, files, needed, directory, threads) / source.name
 
 
 def _prepared(
     bundle: Bundle,
     graph: str,
+    source: Path,
     files: tuple[str, ...],
     needed: int,
     directory: Path,
     threads: int | None,
 ) -> Path:
-    """Return the directory with the prepared `graph`, which depends on the bundle's `files`."""
+    """Return the directory with `source` prepared as `graph`; it depends on these `files`."""
     stem = bundle.manifest.name if graph == "decoder" else f"{bundle.manifest.name}-{graph}"
     key = _key(bundle, files)
     target = directory / f"{stem}-{key[:16]}"
@@ -105,7 +123,7 @@ def _prepared(
                 f"the prepared weights need {needed / 1e9:.1f} GB, {directory} has "
                 f"{free / 1e9:.1f} GB free: free some space, or set `weights: resident`"
             )
-        _make(bundle, graph, directory, target, threads)
+        _make(bundle, graph, source, target, threads)
     except OSError as error:
         remedy = "free some space" if error.errno == errno.ENOSPC else "make it writable"
         raise BundleError(
@@ -115,14 +133,13 @@ def _prepared(
     return target
 
 
-def _make(bundle: Bundle, graph: str, directory: Path, target: Path, threads: int | None) -> None:
+def _make(bundle: Bundle, graph: str, source: Path, target: Path, threads: int | None) -> None:
     cpu = detect()
     log.info("preparing weights for this CPU: %s, %s; this takes a while, once", graph, cpu)
     start = time.monotonic()
-    staging = Path(tempfile.mkdtemp(prefix=".preparing-", dir=directory))
+    staging = Path(tempfile.mkdtemp(prefix=".preparing-", dir=target.parent))
     try:
         file = staging / f"{graph}.onnx"
-        source = bundle.file(file.name)
         derived = staging / "derived"
         if file.name == GRAPH and not cpu.blockwise_int8:
             log.info("this CPU has no kernel for blockwise int8: one scale a channel instead")
@@ -164,15 +181,17 @@ def _remove_outdated(stem: str, directory: Path) -> None:
 def _parts(graph: Path, nested: int) -> dict[str, list[tuple[int, int]]]:
     """Return the (offset, bytes) regions of the data file by the part of the model they serve.
 
-    Parts are `layers.3`, `layers.3.wide`, `common`, and ORIGINALS: matrices that are only
-    compared at load time and never read again.
+    Parts are `layers.3`, `layers.3.wide`, `common`, ROWS: a table of which a few rows are read here
+    and there, and ORIGINALS: matrices that are only compared at load time and never read again.
     """
     import onnx  # here, because it is needed once in a bundle's life on a device
 
     model = onnx.load(graph, load_external_data=False)
     wide = re.compile(rf"(layers\.\d+)\.mlp\.\w+\.{nested}(\.scales)?")
     regions: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for tensor in _initializers(model.graph):
+    tensors = list(_initializers(model.graph))
+    screened = any(tensor.name.startswith("lm_head.screen") for tensor in tensors)
+    for tensor in tensors:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         if entries.get("location") != DATA:
             continue
@@ -180,6 +199,8 @@ def _parts(graph: Path, nested: int) -> dict[str, list[tuple[int, int]]]:
             part = f"{match[1]}.wide"
         elif match := re.match(r"layers\.\d+", tensor.name):
             part = match[0]
+        elif tensor.name.startswith("embed_tokens.") and screened:
+            part = ROWS
         else:
             part = "common"
         own = (int(entries["offset"]), int(entries["length"]))

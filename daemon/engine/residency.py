@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nestd.bundle.manifest import ModelConfig, Submodel
-from nestd.daemon.engine.prepare import DATA, ORIGINALS, PARTS
+from nestd.daemon.engine.prepare import DATA, ORIGINALS, PARTS, ROWS
 
 Region = tuple[int, int]
 
@@ -41,6 +41,7 @@ class Residency:
             name: [part for region in regions for part in addresses(region, mapped)]
             for name, regions in document.items()
         }
+        self._advise(self._ranges.keys() & {ROWS}, mmap.MADV_RANDOM)
         self._fetcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch-weights")
 
     def retain(self, submodel: Submodel) -> None:

@@ -53,16 +53,22 @@ class Rate:
 
 
 class ChunkLength:
-    """How many tokens of a prompt can be read within a given time."""
+    """How many tokens of a prompt can be read within a given time.
+
+    A chunk takes some time however short it is, about that of a decoding step, and some for each
+    token. By the speed of any longer chunk, with a step's time kept back, a shorter one takes less
+    than is allowed.
+    """
 
     def __init__(self, most_tokens: int, most_seconds: float) -> None:
         self._most_tokens = most_tokens
         self._most_seconds = most_seconds
         self._tokens_per_second: dict[str, float] = {}
 
-    def tokens(self, submodel: str) -> int:
+    def tokens(self, submodel: str, step_seconds: float) -> int:
         """Return the length of the next chunk; the least one before anything was measured."""
-        fitting = int(self._tokens_per_second.get(submodel, 0.0) * self._most_seconds)
+        speed = self._tokens_per_second.get(submodel, 0.0)
+        fitting = int(speed * (self._most_seconds - step_seconds))
         return min(self._most_tokens, max(LEAST_CHUNK, fitting))
 
     def note(self, submodel: str, tokens: int, seconds: float) -> None:
@@ -91,6 +97,7 @@ class Scheduler:
         self._prefill_chunk = prefill_chunk
         self._chunk_length = ChunkLength(prefill_chunk, max_stall_seconds)
         self._clock = clock
+        self._step_seconds = 0.0  # of the last decoding step
         self._steps = 0
         # The last step of each sub-model's answers, of prompts (None), and of each prompt.
         self._turns: dict[str | None, int] = {}
@@ -127,7 +134,11 @@ class Scheduler:
 
     def _prefill(self, prompt: Generation, alone: bool) -> list[Progress]:
         submodel = prompt.submodel.name
-        most = self._prefill_chunk if alone else self._chunk_length.tokens(submodel)
+        most = (
+            self._prefill_chunk
+            if alone
+            else self._chunk_length.tokens(submodel, self._step_seconds)
+        )
         before, began = prompt.tokens_read, self._clock()
         piece = prompt.step(most)
         tokens, seconds = prompt.tokens_read - before, self._clock() - began
@@ -138,8 +149,10 @@ class Scheduler:
 
     def _decode(self, group: list[Generation], submodel: str) -> list[Progress]:
         before, began = _chosen(group), self._clock()
-        pieces = decode(self._graphs, group)
-        self.decode.add(_chosen(group) - before, self._clock() - began)
+        # Guesses would hold up whoever else runs.
+        pieces = decode(self._graphs, group, guess=len(self.running) == 1)
+        self._step_seconds = self._clock() - began
+        self.decode.add(_chosen(group) - before, self._step_seconds)
         return [Progress(item, piece, submodel) for item, piece in zip(group, pieces, strict=True)]
 
 

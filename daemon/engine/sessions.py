@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
@@ -70,7 +69,7 @@ def providers() -> list[str]:
     return list(ort.get_available_providers())
 
 
-def share(buffer: npt.NDArray[np.float32] | npt.NDArray[np.int32]) -> Any:  # noqa: ANN401  (an OrtValue)
+def share(buffer: npt.NDArray[Any]) -> Any:  # noqa: ANN401  (an OrtValue)
     """Return an OrtValue on the memory of `buffer`, which must outlive it."""
     return ort.OrtValue.ortvalue_from_numpy(buffer)
 

@@ -202,7 +202,7 @@ class Worker:
             admitted.context_length,
             grammar,
             self._known,
-            PromptLookup(self._clock) if self._options.prompt_lookup else None,
+            PromptLookup() if self._options.prompt_lookup else None,
         )
         self._scheduler.add(generation)
         self._answers[generation] = _Answer(start.id, generation, admitted.began, self._clock())

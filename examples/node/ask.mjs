@@ -21,7 +21,9 @@ if (positionals.length !== 1) {
 
 const id = randomUUID();
 const clientId = `ask-${id.slice(0, 8)}`;
-const replies = `clients/${clientId}/answer`;
+// Where there is a login, answers come to it: so a broker can keep them from others (examples/mosquitto).
+const login = decodeURIComponent(new URL(options.broker).username);
+const replies = `clients/${login ? `${login}/${clientId}` : clientId}/answer`;
 const request = JSON.stringify({
   id,
   messages: [{ role: "user", content: positionals[0] }],

@@ -27,7 +27,7 @@ def index(client: Client, folder: Path) -> None:
     """Caption every picture that has no caption yet."""
     for picture, caption in undone(folder, ENDINGS, ".txt"):
         try:
-            # The smallest size is 9 times quicker than the largest and enough for a sentence.
+            # The smallest size is a ninth of the largest's pixels, and enough for a sentence.
             done = ask(client, CAPTION, read_media([("image", picture)], "low"), max_tokens=60)
         except RequestError as error:  # this file is no use; the next one may be
             print(f"{picture.name}: {error.code}: {error}")

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, Queue
@@ -129,14 +129,22 @@ def wait_for_line(process: subprocess.Popen[str], words: str) -> None:
 
 
 @contextmanager
-def running_node(directory: Path, config: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`nestd run` with this configuration; its log is nestd.log in `directory`."""
+def running_node(
+    directory: Path, config: str, command: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`nestd run` with this configuration; its log is nestd.log in `directory`.
+
+    `command` takes the place of the installed `nestd`.
+    """
     path = directory / "nestd.yaml"
     path.write_text(config)
+    run = [*(command or nestd()), "run", "--config", str(path)]
     with (
         (directory / "nestd.log").open("wb") as log,
-        subprocess.Popen(nestd("run", "--config", str(path)), stdout=log, stderr=log) as process,
+        subprocess.Popen(run, stdout=log, stderr=log) as process,
     ):
-        yield process
-        process.terminate()
-        process.wait(15)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(15)

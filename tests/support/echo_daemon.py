@@ -25,6 +25,7 @@ from support.node import FakeBoard
 def main() -> int:
     port, node, *assignments = sys.argv[1:]
     overrides = {"mqtt.port": port, "node": node, "mqtt.reconnect_min_s": 0.2, "limits.queue": 4}
+    overrides["engine.parallel_requests"] = 1
     settings = load_settings(None, "generic", overrides | parse_assignments(assignments), {})
     configure("debug", settings.log_format)
     options = node_options(settings)

@@ -17,7 +17,7 @@ from support.node import settings_for_tests
 from support.pki import Authority
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "mosquitto"
-LOGINS = ("kitchen", "attic", "phone", "tablet", "fleet")
+LOGINS = ("kitchen", "attic", "phone", "tablet", "ha", "fleet")
 # The fixture has its own.
 _REPLACED = ("#", "listener ", "allow_anonymous ", "persistence ", "autosave_interval ")
 

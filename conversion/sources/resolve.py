@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a directory, a Hugging Face repository, or Kaggle."""
+"""What the user names -> a directory or a file: local, or from Hugging Face, Kaggle or Ollama."""
 
 from __future__ import annotations
 
@@ -6,32 +6,35 @@ import re
 from pathlib import Path
 
 from nestd.bundle.errors import CheckpointError
+from nestd.conversion.sources import ollama
 
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*"]
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve(checkpoint: str) -> Path:
-    """Return the local directory of `checkpoint`, downloading it where it names a hub.
+    """Return the local directory or file of `checkpoint`, downloading it where it names a hub.
 
     Args:
-        checkpoint: a directory, `OWNER/MODEL` on Hugging Face, or `kaggle:OWNER/MODEL/...`.
+        checkpoint: a directory, a GGUF file, `OWNER/MODEL` on Hugging Face,
+            `kaggle:OWNER/MODEL/...` or `ollama:MODEL:TAG`.
 
     Raises:
         CheckpointError: nothing there, the download failed, or the hub's package is not installed.
     """
     if checkpoint.startswith("kaggle:"):
         return _kaggle(checkpoint.removeprefix("kaggle:"))
+    if checkpoint.startswith("ollama:"):
+        return ollama.find(checkpoint.removeprefix("ollama:"))
     path = Path(checkpoint)
-    if path.is_dir():
-        return path
     if path.exists():
-        raise CheckpointError(f"{path} is a file: CHECKPOINT must be a directory or a repository")
+        return path
     if REPO_ID.fullmatch(checkpoint):
         return _hugging_face(checkpoint)
     raise CheckpointError(
-        f"there is no directory {path}: give a checkpoint directory, a Hugging Face repository "
-        "(OWNER/MODEL) or kaggle:OWNER/MODEL/FRAMEWORK/VARIATION"
+        f"there is no directory or file {path}: give a checkpoint directory, a GGUF file, a "
+        "Hugging Face repository (OWNER/MODEL), kaggle:OWNER/MODEL/FRAMEWORK/VARIATION or "
+        "ollama:MODEL:TAG"
     )
 
 
