@@ -161,6 +161,15 @@ def test_a_file_without_a_vocabulary_is_refused_before_any_work(
         converted(tmp_path / "model.gguf", tmp_path / "bundle")
 
 
+def test_towers_that_a_file_lacks_are_named_before_any_work(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """llama.cpp keeps them in a file of their own (mmproj)."""
+    with pytest.raises(CheckpointError, match=r"f32\.gguf holds no vision encoder"):
+        converted(written("f32"), tmp_path / "bundle", modalities=("text", "vision"))
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_any_other_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"PK\x03\x04 not what its name says")
     with pytest.raises(CheckpointError, match="is no GGUF file"):
