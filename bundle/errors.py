@@ -5,7 +5,7 @@
     │   ├── BadRequest 400, Refused 403, ModelNotFound 404, BlobNotFound 404, Expired 408,
     │   ├── IdReused 409, TooLarge 413, UnsupportedMedia 415, QueueFull 429, Cancelled 499,
     │   ├── Internal 500, Loading 503, PowerSaver 503, ModalityUnavailable 503,
-    │   └── InsufficientMemory 507
+    │   └── RemoteUnavailable 503, InsufficientMemory 507
     ├── CheckpointError       the Hugging Face input cannot be converted
     ├── BundleError           a bundle is missing, damaged or of another format
     ├── ConfigError           a YAML file or an option is wrong
@@ -139,6 +139,12 @@ class ModalityUnavailable(RequestError):
     """The bundle or the profile lacks the modality."""
 
     code, status = "modality_unavailable", 503
+
+
+class RemoteUnavailable(RequestError):
+    """The request requires the remote server, which may not or cannot answer it."""
+
+    code, status = "remote_unavailable", 503
 
 
 class InsufficientMemory(RequestError):

@@ -28,6 +28,11 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--system", help="a system message before the prompt")
     parser.add_argument("--submodel", default="auto", help="a sub-model's name; default: auto")
     parser.add_argument("--effort", choices=("low", "auto", "high"), default="auto")
+    parser.add_argument(
+        "--remote",
+        choices=("never", "allowed", "required"),
+        help="whether the node's remote server may answer; default: as the node is configured",
+    )
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--seed", type=int)
@@ -103,6 +108,7 @@ def request_fields(args: argparse.Namespace) -> dict[str, Any]:
         "messages": messages,
         "submodel": args.submodel,
         "effort": args.effort,
+        "remote": args.remote,
         "stream": args.stream,
         "max_tokens": args.max_tokens,
         "temperature": args.temperature,
@@ -180,13 +186,18 @@ def remaining_text(shown: str, whole: str) -> str:
 
 def summary(done: dict[str, Any]) -> str:
     """Return one line: sub-models, tokens, speed and times."""
-    timings, tokens = done["timings"], done["usage"]["completion_tokens"]
+    timings, usage = done["timings"], done["usage"]
+    tokens = usage["completion_tokens"] if usage else None  # a remote server may not tell
     route = [done["switches"][0]["submodel"]] if done["switches"] else [done["submodel"]]
     route += [f"{s['submodel']} from token {s['token']}" for s in done["switches"][1:]]
-    speed = f"{tokens / timings['decode_ms'] * 1000:.1f} tokens/s" if timings["decode_ms"] else "-"
+    if done.get("remote_model"):
+        route = [f"remote ({done['remote_model']})"]
+    speed = "-"
+    if tokens is not None and timings["decode_ms"]:
+        speed = f"{tokens / timings['decode_ms'] * 1000:.1f} tokens/s"
     parts = [
         " -> ".join(route),
-        f"{tokens} tokens",
+        "? tokens" if tokens is None else f"{tokens} tokens",
         speed,
         f"queue {timings['queue_ms']:.0f} ms",
         f"prefill {timings['prefill_ms']:.0f} ms",

@@ -35,6 +35,11 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument("--submodel", default="auto", help="that the request asks for")
     parser.add_argument("--effort", default="auto", choices=["low", "auto", "high"])
+    parser.add_argument(
+        "--remote",
+        choices=["never", "allowed", "required"],
+        help="whether the request may go to the remote server; default: as configured",
+    )
     parser.add_argument("--json", action="store_true", help="the request wants a JSON answer")
     parser.add_argument("--prompt-tokens", type=int, help="length of the request's prompt")
     return parser
@@ -56,8 +61,9 @@ def run(args: argparse.Namespace) -> int:
     mix = RequestMix(frozenset(args.need), settings.elastic.submodel)
     plan = decide(snapshot, settings, manifest, mix, PolicyState()).plan
     assert plan is not None
-    task = Task(args.submodel, args.effort, args.prompt_tokens, bool(args.need), args.json)
-    for line in explain(snapshot, settings, manifest, plan, task):
+    task = Task(args.submodel, args.effort, args.prompt_tokens, bool(args.need), json=args.json)
+    consent = args.remote or settings.remote.default
+    for line in explain(snapshot, settings, manifest, plan, task, consent):
         print(line)
     return 0
 

@@ -172,7 +172,7 @@ def explain_settings(
         lines = [_sentence(item, merged) for item in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
     origins = {}
-    for key, _ in _flatten(settings.model_dump()):
+    for key, _ in _flatten(_redact(settings)):
         origin = merged.origins.get(tuple(key.split(".")))
         origins[key] = _origin_words(origin)
     if detected:
@@ -231,10 +231,10 @@ def _choose_profile(
 
 
 def _from_environment(text: str) -> object:
-    """Return `null` and lists as YAML has them; all else stays text, which pydantic converts."""
+    """Return `null`, lists and mappings as YAML has them; pydantic converts all other text."""
     if text.strip() in {"", "null", "~"}:
         return None
-    if text.lstrip().startswith("["):
+    if text.lstrip().startswith(("[", "{")):
         try:
             return yaml.safe_load(text)
         except yaml.YAMLError:

@@ -105,8 +105,8 @@ class Control:
             choice = self._governor.prefer(wanted.submodel)
         else:
             record = self._the_one(wanted.id, wanted.client)
-            if record is None or record.state != "running":
-                raise BadRequest(f"no request with the id {wanted.id!r} runs now")
+            if record is None or record not in self._book.running:
+                raise BadRequest(f"no request with the id {wanted.id!r} runs on this board now")
             choice = self._governor.prefer_for(record, wanted.submodel)
         return {"submodel": choice.value, "reason": choice.reason}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 from nestd.bundle.errors import (
     Cancelled,
@@ -10,6 +11,7 @@ from nestd.bundle.errors import (
     Internal,
     Loading,
     Refused,
+    RemoteUnavailable,
     RequestError,
     request_error,
 )
@@ -17,6 +19,7 @@ from nestd.bundle.manifest import Manifest
 from nestd.daemon.conversations import Conversations
 from nestd.daemon.elastic.answer_energy import Share
 from nestd.daemon.elastic.governor import Governor
+from nestd.daemon.elastic.plan import Choice
 from nestd.daemon.engine.messages import (
     Cancel,
     Delta,
@@ -32,6 +35,8 @@ from nestd.daemon.engine.messages import (
 from nestd.daemon.filter import Filter, Judged
 from nestd.daemon.intake import Intake
 from nestd.daemon.logs import about
+from nestd.daemon.remote.messages import REMOTE, RemoteFailed, RemoteFinished
+from nestd.daemon.remote.rung import RemoteRung, with_reason
 from nestd.daemon.replies import Replies
 from nestd.daemon.requests import RequestBook, RequestRecord
 from nestd.daemon.selection import sampling_of
@@ -61,6 +66,7 @@ class Dispatch:
         intake: Intake,
         conversations: Conversations,
         judge: Filter,
+        rung: RemoteRung,
         manifest: Manifest,
         max_tokens: int,
     ) -> None:
@@ -71,6 +77,7 @@ class Dispatch:
         self._intake = intake
         self._conversations = conversations
         self._filter = judge
+        self._rung = rung
         self._manifest = manifest
         self._max_tokens = max_tokens
         self.stats: Stats | None = None
@@ -78,9 +85,10 @@ class Dispatch:
         self.judging: list[RequestRecord] = []
 
     def start_next(self, now: float) -> None:
-        """Give the engine the next requests, as far as it may run more."""
+        """Give remote server and engine the next requests, as far as they may run more."""
+        wait_for_server = self._start_remote(now)
         while self._supervisor.state == "ready" and self._may_run_more():
-            record = self._book.next_waiting()
+            record = self._book.next_waiting(but=wait_for_server)
             if record is None or record.request is None:
                 return
             if record.deaths and self._book.running:
@@ -92,7 +100,7 @@ class Dispatch:
                 return  # it has been accepted, and memory comes back sooner than a battery charges
             try:
                 if refusal is not None:
-                    raise refusal
+                    raise with_reason(refusal, record.remote)
                 self._conversations.recall(record, now)
                 self._governor.check_encoders(record)
                 choice = self._governor.choose(record)
@@ -102,6 +110,8 @@ class Dispatch:
             except RequestError as error:
                 self._replies.error(record, error)
                 continue
+            if record.remote_trouble is not None:
+                choice = Choice(choice.value, f"{record.remote_trouble}; {choice.reason}")
             engine_id = self._book.start(record, choice, now)
             self._supervisor.send(
                 Start(
@@ -114,15 +124,39 @@ class Dispatch:
                 )
             )
 
+    def _start_remote(self, now: float) -> Collection[RequestRecord]:
+        """Start what the remote server is to answer; return what waits for a place there."""
+        waiting = []
+        for record in self._book.startable():
+            if record.request is None or record.remote is None:
+                continue  # it must not go there, as intake has found
+            try:
+                self._conversations.recall(record, now)
+                record.remote = self._rung.choose(record.request, record.prompt, now, record)
+            except RequestError as error:
+                self._replies.error(record, error)
+                continue
+            if record.remote is None or not record.remote.value:
+                continue
+            if self._rung.is_full:
+                waiting.append(record)
+                continue
+            choice = Choice(REMOTE, record.remote.reason)
+            log.info(
+                "request %s goes to the remote server: %s",
+                record.id,
+                choice.reason,
+                extra=about(record.id),
+            )
+            self._rung.ask(self._book.start(record, choice, now, remote=True), record)
+        return waiting
+
     def handle(self, event: Event, now: float) -> None:
         """React to an event of the present engine process."""
         if isinstance(event, Delta):
             record = self._book.by_engine_id(event.id)
             if record is not None and record.state == "running":
-                record.submodel = event.submodel
-                streams = record.request is not None and record.request.stream
-                if streams and not self._filter.judges("answer"):
-                    self._replies.delta(record, event)
+                self._pass_on(record, event)
         elif isinstance(event, Finished | Failed):
             energy = self._governor.energy(now)
             record = self._book.leave_engine(event.id)
@@ -136,6 +170,34 @@ class Dispatch:
             self._engine_died(event, now)
         elif isinstance(event, LoadFailed) and self._supervisor.degraded is not None:
             self.refuse_waiting()
+
+    def handle_remote(self, event: Delta | RemoteFinished | RemoteFailed, now: float) -> None:
+        """React to what the remote server says, or to its failure."""
+        if isinstance(event, Delta):
+            record = self._book.by_remote_id(event.id)
+            if record is not None:
+                self._pass_on(record, event)
+            return
+        record = self._book.leave_remote(event.id)
+        if record is None or record.state != "running":
+            return  # cancelled or expired meanwhile
+        if isinstance(event, RemoteFinished):
+            self._replies.counters["remote_done"] += 1
+            self._judge(record, event, None, now)
+        else:
+            self._remote_failed(record, event, now)
+
+    def _remote_failed(self, record: RequestRecord, event: RemoteFailed, now: float) -> None:
+        self._replies.counters["remote_failed"] += 1
+        after = self._rung.failed(event, now)
+        log.warning("request %s: %s", record.id, event.message, extra=about(record.id))
+        if record.request is not None and self._rung.requires(record.request):
+            self._replies.error(record, RemoteUnavailable(f"{event.message}: ask again", after))
+            return
+        # As after the death of an engine: clients throw away what an earlier attempt has said.
+        record.remote, record.remote_trouble = Choice(False, event.message), event.message
+        self._book.wait_again(record)
+        self._replies.accepted(record)
 
     def judged(self, event: Judged, now: float) -> None:
         """React to the filter's verdict on a request or on its answer."""
@@ -180,7 +242,9 @@ class Dispatch:
     def refuse_waiting(self) -> None:
         """The engine does not load: tell everybody who waits for it."""
         for record in self._book.waiting:
-            self._replies.refuse(record, self.unavailable() or Loading("the model is loading"))
+            if record.remote is None or not record.remote.value:
+                error = self.unavailable() or Loading("the model is loading")
+                self._replies.refuse(record, with_reason(error, record.remote))
 
     def unavailable(self) -> RequestError | None:
         """Why no request can be taken now, or None."""
@@ -210,11 +274,23 @@ class Dispatch:
             # A place becomes free after each of those that run side by side.
             side_by_side = len(self._book.running) + 1
             self._intake.answered_in((now - (record.started or now)) * 1000 / side_by_side)
-            if self._filter.judges("answer"):
-                self.judging.append(record)
-                self._filter.answer(record, event, joules)
-            else:
-                self._answer(record, event, joules, now)
+            self._judge(record, event, joules, now)
+
+    def _pass_on(self, record: RequestRecord, delta: Delta) -> None:
+        record.submodel = delta.submodel
+        streams = record.request is not None and record.request.stream
+        if streams and not self._filter.judges("answer"):
+            self._replies.delta(record, delta)
+
+    def _judge(
+        self, record: RequestRecord, finished: Finished, joules: float | None, now: float
+    ) -> None:
+        """Answer, if the filter lets it pass."""
+        if self._filter.judges("answer"):
+            self.judging.append(record)
+            self._filter.answer(record, finished, joules)
+        else:
+            self._answer(record, finished, joules, now)
 
     def _answer(
         self, record: RequestRecord, finished: Finished, joules: float | None, now: float
@@ -224,7 +300,12 @@ class Dispatch:
         self._replies.done(record, finished, joules, call_of(finished.text, tools), turn, now)
 
     def _end_early(self, record: RequestRecord) -> None:
-        if record.engine_id is not None:
+        if record.engine_id is None:
+            return
+        if self._book.by_remote_id(record.engine_id) is not None:
+            self._rung.cancel(record.engine_id)
+            self._book.leave_remote(record.engine_id)
+        else:
             self._supervisor.send(Cancel(id=record.engine_id))
 
     def _engine_died(self, event: Exited, now: float) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nestd.bundle.errors import Cancelled, IdReused, RequestError
-from nestd.bundle.manifest import Manifest, Modality
+from nestd.bundle.manifest import Manifest
 from nestd.daemon.content import Contents
 from nestd.daemon.conversations import Conversations
 from nestd.daemon.delivery import Delivery, Entry
+from nestd.daemon.elastic.plan import Choice
 from nestd.daemon.filter import Filter
 from nestd.daemon.mqtt.contract import Request
 from nestd.daemon.mqtt.packets import Received
@@ -20,7 +21,7 @@ from nestd.daemon.mqtt.parse import Envelope, ParseLimits, read_envelope, read_r
 from nestd.daemon.mqtt.topics import Topics
 from nestd.daemon.replies import Replies
 from nestd.daemon.requests import ReplyTo, RequestBook, RequestRecord, new_record
-from nestd.daemon.selection import canonical, modalities_of, sampling_of
+from nestd.daemon.selection import canonical, sampling_of
 from nestd.daemon.settings import LimitSettings
 from nestd.daemon.tools import structure_of
 
@@ -50,7 +51,7 @@ class Intake:
         contents: Contents,
         conversations: Conversations,
         judge: Filter,
-        unavailable: Callable[[frozenset[Modality]], RequestError | None],
+        admit: Callable[[Request, float], Choice[bool] | None],
     ) -> None:
         self._rules = rules
         self._book = book
@@ -59,9 +60,8 @@ class Intake:
         self._contents = contents
         self._conversations = conversations
         self._filter = judge
-        # Why no request with these encoders can be taken now (the engine does not load, the plan
-        # refuses, the bundle has none), or None.
-        self._unavailable = unavailable
+        # Says whether the remote server is to answer, or raises why nobody can (`Node.admit`).
+        self._admit = admit
         self._answer_ms: float | None = None
 
     def take(self, received: Received, now: float) -> None:
@@ -74,6 +74,7 @@ class Intake:
         record = new_record(envelope, None, entry, now, self._expires_in(None, received))
         try:
             request = self._judge(envelope)
+            record.remote = self._admit(request, now)
             self._book.check_room(self._retry_after_ms())
             self._contents.take(record, request, envelope.medium)
             self._conversations.recall(record, now)
@@ -104,9 +105,6 @@ class Intake:
         canonical(request.submodel, self._rules.manifest)
         sampling_of(request, self._rules.manifest.generation, self._rules.limits.max_tokens)
         structure_of(request)
-        unavailable = self._unavailable(modalities_of(request.messages))
-        if unavailable is not None:
-            raise unavailable
         return request
 
     def _repeat(self, known: RequestRecord, envelope: Envelope, entry: Entry) -> bool:

@@ -47,6 +47,8 @@ _COUNTERS = {
     "nestd_engine_exits": ("engine_exits", "Engine processes that ended by themselves."),
     "nestd_mqtt_connections": ("connections", "Connections made to the broker."),
     "nestd_mqtt_sessions_lost": ("sessions_lost", "Connections to a broker without our session."),
+    "nestd_remote_done": ("remote_done", "Requests answered by the remote server."),
+    "nestd_remote_failed": ("remote_failed", "Requests that the remote server failed to answer."),
     "nestd_dropped_deltas": ("dropped_deltas", "Pieces of text that could not be sent."),
 }
 
@@ -117,7 +119,7 @@ class Metrics:
         """Leave the node's figures for the next scrape, once a second."""
         if self._settings.enabled and now >= self._next_update:
             self._next_update = now + UPDATE_SECONDS
-            self._node.latest = (self._status.state(), self._status.health(now))
+            self._node.latest = (self._status.state(now), self._status.health(now))
 
     def note(self, event: Event, now: float) -> None:
         """Count an event of the engine, before its request is concluded."""

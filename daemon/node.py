@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nestd.bundle.errors import Loading, RequestError
-from nestd.bundle.manifest import Manifest, Modality
+from nestd.bundle.errors import Loading
+from nestd.bundle.manifest import Manifest
 from nestd.daemon.blobs import Blobs
 from nestd.daemon.content import Contents
 from nestd.daemon.control import Control
@@ -21,6 +21,7 @@ from nestd.daemon.conversations import Conversations
 from nestd.daemon.delivery import Delivery
 from nestd.daemon.dispatch import Dispatch
 from nestd.daemon.elastic.governor import Board, Governor
+from nestd.daemon.elastic.plan import Choice
 from nestd.daemon.elastic.resources import Sampler
 from nestd.daemon.filter import Filter, Judged
 from nestd.daemon.home_assistant import HomeAssistant
@@ -28,12 +29,16 @@ from nestd.daemon.intake import Intake, IntakeRules
 from nestd.daemon.journal import Journal
 from nestd.daemon.media_store import MediaStore
 from nestd.daemon.metrics import Metrics
+from nestd.daemon.mqtt.contract import Request
 from nestd.daemon.mqtt.packets import MakeWill, Transport
 from nestd.daemon.mqtt.topics import Topics
 from nestd.daemon.notify import Notifier
 from nestd.daemon.presence import Presence
+from nestd.daemon.remote.messages import RemoteEvent
+from nestd.daemon.remote.rung import RemoteRung, with_reason
 from nestd.daemon.replies import Replies
 from nestd.daemon.requests import RequestBook
+from nestd.daemon.selection import modalities_of
 from nestd.daemon.settings import Settings
 from nestd.daemon.status import Status, parse_limits
 from nestd.daemon.supervisor import EngineEvent, MakeEngine, Supervisor
@@ -72,12 +77,13 @@ class Node:
         settings: Settings,
         manifest: Manifest,
         parts: Parts,
-        put_event: Callable[[EngineEvent | Judged], None],
+        put_event: Callable[[EngineEvent | Judged | RemoteEvent], None],
     ) -> None:
-        """`put_event` takes the engine's events and the filter's, in any thread.
+        """`put_event` takes the events of engine, filter and remote server, in any thread.
 
         Raises:
-            ConfigError: the configuration names a sub-model that the bundle does not have.
+            ConfigError: the configuration names a sub-model that the bundle does not have, or a
+                remote server that cannot be asked.
         """
         self._clock = parts.clock
         mqtt = settings.mqtt
@@ -104,6 +110,7 @@ class Node:
             self.supervisor,
             self._clock(),
         )
+        self.remote = RemoteRung(settings, manifest, self.book, self.governor, put_event)
         media = settings.media
         self.store = MediaStore(settings.media_path, media.store_bytes)
         self.blobs = Blobs(
@@ -128,7 +135,7 @@ class Node:
             contents,
             self.conversations,
             self.filter,
-            self.unavailable,
+            self.admit,
         )
         self.dispatch = Dispatch(
             self.book,
@@ -138,6 +145,7 @@ class Node:
             self.intake,
             self.conversations,
             self.filter,
+            self.remote,
             manifest,
             settings.limits.max_tokens,
         )
@@ -152,6 +160,7 @@ class Node:
             self.supervisor,
             self.replies,
             self.governor,
+            self.remote,
             contents,
             parts.config,
             self._clock(),
@@ -176,15 +185,24 @@ class Node:
             self.health_data,
         )
 
-    def unavailable(self, needed: frozenset[Modality]) -> RequestError | None:
-        """Why a request that needs these encoders cannot be taken now, or None."""
+    def admit(self, request: Request, now: float) -> Choice[bool] | None:
+        """Say whether the remote server is to answer, and why; None: it must not.
+
+        Raises:
+            RequestError: neither it nor the engine can take the request now.
+        """
         if self.status.draining:
-            return Loading("the node is stopping: send the request again later")
-        return (
-            self.governor.forbidden(needed)
-            or self.governor.refusal()
-            or self.dispatch.unavailable()
-        )
+            raise Loading("the node is stopping: send the request again later")
+        remote = self.remote.choose(request, request.messages, now)
+        if remote is None or not remote.value:
+            unavailable = (
+                self.governor.forbidden(modalities_of(request.messages))
+                or self.governor.refusal()
+                or self.dispatch.unavailable()
+            )
+            if unavailable is not None:
+                raise with_reason(unavailable, remote)
+        return remote
 
     def health_data(self) -> dict[str, Any]:
         """The health figures of the moment, for a control reply."""

@@ -20,6 +20,7 @@ from nestd.daemon.logs import about
 from nestd.daemon.mqtt import contract, node_contract
 from nestd.daemon.mqtt.packets import Message, Transport
 from nestd.daemon.mqtt.parse import JSON_TYPE
+from nestd.daemon.remote.messages import RemoteFinished
 from nestd.daemon.requests import ReplyTo, RequestBook, RequestRecord
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class Replies:
             attempt=record.attempt,
             seq=record.next_seq(),
             ahead=self._book.ahead_of(record),
+            remote=record.remote is not None and record.remote.value,
+            remote_reason=None if record.remote is None else record.remote.reason,
         )
         self._publish(event, record.reply_to, qos=1)
 
@@ -90,13 +93,9 @@ class Replies:
             tool_call=call,
             conversation=turn,
             submodel=finished.switches[-1].submodel if finished.switches else record.submodel or "",
+            remote_model=finished.model if isinstance(finished, RemoteFinished) else None,
             switches=_with_reasons(finished, record),
-            usage=contract.Usage(
-                prompt_tokens=finished.prompt_tokens,
-                completion_tokens=finished.completion_tokens,
-                cached_tokens=finished.cached_tokens,
-                guessed_tokens=finished.guessed_tokens,
-            ),
+            usage=_usage(finished),
             timings=contract.Timings(
                 queue_ms=round((started - record.arrived) * 1000, 1),
                 **finished.timings.model_dump(),
@@ -216,6 +215,17 @@ def _with_reasons(finished: Finished, record: RequestRecord) -> tuple[contract.S
         reason = next((item.reason for item in route if item.value == switch.submodel), None)
         switches.append(contract.Switch(**switch.model_dump(), reason=reason))
     return tuple(switches)
+
+
+def _usage(finished: Finished) -> contract.Usage | None:
+    if isinstance(finished, RemoteFinished) and not finished.counted:
+        return None
+    return contract.Usage(
+        prompt_tokens=finished.prompt_tokens,
+        completion_tokens=finished.completion_tokens,
+        cached_tokens=finished.cached_tokens,
+        guessed_tokens=finished.guessed_tokens,
+    )
 
 
 def _error(request_id: str | None, attempt: int, seq: int, error: RequestError) -> contract.Error:

@@ -1,6 +1,7 @@
 """The book of requests: who waits, who runs, what was answered (docs/mqtt.md, rules 3, 4 and 5).
 
-    waiting -> running -> ended          and running -> waiting when the engine has died
+    waiting -> running -> ended          and running -> waiting when the engine has died,
+                                         or the remote server has failed
 
 Bookkeeping only: time is an argument, and nothing here sends anything.
 """
@@ -8,7 +9,7 @@ Bookkeeping only: time is an argument, and nothing here sends anything.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -50,6 +51,8 @@ class RequestRecord:
         passed: no filter has to judge it any more.
         wish: the sub-model that a control request asked for in place of the request's own.
         route: the sub-models that the engine was told to run this attempt on, and why each.
+        remote: whether the remote server is to answer, and why or why not; None: it must not.
+        remote_trouble: how that server failed to, if it did.
         energy: an answer's share of the board's energy when this attempt started.
         refused: it ended with an error before it could wait; the client may send it again.
     """
@@ -74,6 +77,8 @@ class RequestRecord:
     passed: bool = True
     wish: str | None = None
     route: list[Choice[str]] = field(default_factory=list)
+    remote: Choice[bool] | None = None
+    remote_trouble: str | None = None
     energy: Share | None = None
     state: Literal["waiting", "running", "ended"] = "waiting"
     refused: bool = False
@@ -115,6 +120,7 @@ class RequestBook:
         self._records: dict[tuple[str, str], RequestRecord] = {}
         self._waiting: list[RequestRecord] = []
         self._running: dict[str, RequestRecord] = {}
+        self._remote: dict[str, RequestRecord] = {}
         self._early_cancels: dict[tuple[str | None, str], float] = {}
         self._arrivals = 0
         self._engine_ids = 0
@@ -131,6 +137,11 @@ class RequestBook:
         """Requests that the engine has, among them ended ones that it is about to drop."""
         return tuple(self._running.values())
 
+    @property
+    def remote(self) -> tuple[RequestRecord, ...]:
+        """Requests that the remote server has."""
+        return tuple(self._remote.values())
+
     def find(self, client: str, request_id: str | None) -> RequestRecord | None:
         """Return the record of (client, id), if it is known."""
         return None if request_id is None else self._records.get((client, request_id))
@@ -138,6 +149,10 @@ class RequestBook:
     def by_engine_id(self, engine_id: str) -> RequestRecord | None:
         """Return the record that the engine knows as `engine_id`."""
         return self._running.get(engine_id)
+
+    def by_remote_id(self, question_id: str) -> RequestRecord | None:
+        """Return the record that the remote server's thread knows as `question_id`."""
+        return self._remote.get(question_id)
 
     def open_with_id(self, request_id: str, client: str | None) -> list[RequestRecord]:
         """Return the requests with this id that have not ended, of one client or of all."""
@@ -197,25 +212,39 @@ class RequestBook:
         """Drop a record."""
         del self._records[record.client, record.id]
 
-    def next_waiting(self) -> RequestRecord | None:
-        """Return the waiting request of the highest priority, the oldest of several.
+    def next_waiting(self, but: Collection[RequestRecord] = ()) -> RequestRecord | None:
+        """Return the first of `startable` that is not among `but`."""
+        return next((record for record in self.startable() if record not in but), None)
 
-        One whose conversation is being answered waits for that answer, which is part of its prompt.
+    def startable(self) -> Iterator[RequestRecord]:
+        """Waiting requests that may start, those of higher priority and the older ones first.
+
+        One whose conversation is being answered, or has an earlier request that waits, waits for
+        that answer, which is part of its prompt.
         """
         if not self._waiting:
-            return None
+            return
         answered_now = (r for r in self._records.values() if r.state == "running")
         busy = {key for record in answered_now if (key := conversation_of(record))}
-        free = (r for r in self._waiting if r.passed and conversation_of(r) not in busy)
-        return min(free, key=_rank, default=None)
+        for record in sorted(self._waiting, key=_rank):
+            key = conversation_of(record)
+            if key in busy:
+                continue
+            if key is not None:
+                busy.add(key)
+            if record.passed:
+                yield record
 
     def ahead_of(self, record: RequestRecord) -> int:
         """How many requests run or will run before `record`."""
         before = sum(1 for other in self._waiting if _rank(other) < _rank(record))
-        return before + sum(1 for other in self._running.values() if other.state == "running")
+        started = (*self._running.values(), *self._remote.values())
+        return before + sum(1 for other in started if other.state == "running")
 
-    def start(self, record: RequestRecord, choice: Choice[str], now: float) -> str:
-        """Move `record` from waiting to running and return its id for the engine.
+    def start(
+        self, record: RequestRecord, choice: Choice[str], now: float, remote: bool = False
+    ) -> str:
+        """Move `record` from waiting to running and return its id for engine or remote server.
 
         Clients choose their ids, and the engine may still be dropping a cancelled request, so it
         gets ids of our own.
@@ -223,7 +252,7 @@ class RequestBook:
         self._engine_ids += 1
         engine_id = str(self._engine_ids)
         self._waiting.remove(record)
-        self._running[engine_id] = record
+        (self._remote if remote else self._running)[engine_id] = record
         record.state, record.engine_id = "running", engine_id
         record.started, record.submodel, record.route = now, choice.value, [choice]
         return engine_id
@@ -235,8 +264,15 @@ class RequestBook:
             record.engine_id = None
         return record
 
+    def leave_remote(self, question_id: str) -> RequestRecord | None:
+        """The remote server is through with `question_id`; return its record."""
+        record = self._remote.pop(question_id, None)
+        if record is not None:
+            record.engine_id = None
+        return record
+
     def wait_again(self, record: RequestRecord) -> None:
-        """Let a request whose engine died wait again, in its old place."""
+        """Let a request whose engine died, or whose server failed, wait again in its old place."""
         record.state = "waiting"
         record.attempt += 1
         self._waiting.append(record)

@@ -5,13 +5,13 @@ Pure functions of the request; which sub-model it runs on is the governor's busi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from nestd.bundle.errors import BadRequest
 from nestd.bundle.manifest import GenerationDefaults, Manifest, Modality
 from nestd.daemon.elastic.task import Task
-from nestd.daemon.engine.messages import ChatMessage, Content, Sampling, TextContent
-from nestd.daemon.mqtt.contract import Request, RequestMessage
+from nestd.daemon.engine.messages import ChatMessage, Content, Sampling
+from nestd.daemon.mqtt.contract import Part, Request, RequestMessage
 
 AUTO = "auto"
 # The daemon has no tokenizer, the engine has. For the question whether a prompt is short this will
@@ -24,7 +24,9 @@ def canonical(name: str, manifest: Manifest) -> str:
     return AUTO if name.lower() == AUTO else manifest.submodel(name).name
 
 
-def task_of(request: Request, messages: Sequence[ChatMessage], submodel: str) -> Task:
+def task_of(
+    request: Request, messages: Sequence[RequestMessage | ChatMessage], submodel: str
+) -> Task:
     """Return what `request` says about itself; it runs on `submodel` if that may be."""
     texts = (
         message.content if isinstance(message.content, str) else joined_text(message.content)
@@ -35,6 +37,7 @@ def task_of(request: Request, messages: Sequence[ChatMessage], submodel: str) ->
         effort=request.effort,
         prompt_tokens=sum(map(len, texts)) // CHARACTERS_PER_TOKEN,
         media=bool(modalities_of(messages)),
+        video=any(part.type == "video" for part in _parts(messages)),
         json=request.response_format.type != "text" or bool(request.tools),
     )
 
@@ -43,16 +46,20 @@ def modalities_of(messages: Iterable[RequestMessage | ChatMessage]) -> frozenset
     """Return the encoders that `messages` need; a video's frames are images."""
     return frozenset(
         "audio" if part.type == "audio" else "vision"
-        for message in messages
-        if not isinstance(message.content, str)
-        for part in message.content
+        for part in _parts(messages)
         if part.type != "text"
     )
 
 
-def joined_text(content: tuple[Content, ...]) -> str:
+def _parts(messages: Iterable[RequestMessage | ChatMessage]) -> Iterator[Content | Part]:
+    for message in messages:
+        if not isinstance(message.content, str):
+            yield from message.content
+
+
+def joined_text(content: Sequence[Content | Part]) -> str:
     """Return the text of all parts in one piece."""
-    return "".join(part.text for part in content if isinstance(part, TextContent))
+    return "".join(part.text for part in content if part.type == "text")
 
 
 def sampling_of(request: Request, defaults: GenerationDefaults, max_tokens: int) -> Sampling:

@@ -30,6 +30,7 @@ from nestd.daemon.mqtt.packets import (
 )
 from nestd.daemon.mqtt.topics import CONTROL_VERBS
 from nestd.daemon.node import Node, Parts
+from nestd.daemon.remote.messages import RemoteEvent
 from nestd.daemon.requests import RequestRecord
 from nestd.daemon.settings import Settings
 from nestd.daemon.supervisor import EngineEvent
@@ -64,7 +65,15 @@ class UploadEvent:
     event: TransportEvent
 
 
-DaemonEvent = TransportEvent | EngineEvent | UploadEvent | Judged | StopRequested | ReloadRequested
+DaemonEvent = (
+    TransportEvent
+    | EngineEvent
+    | UploadEvent
+    | Judged
+    | RemoteEvent
+    | StopRequested
+    | ReloadRequested
+)
 
 
 class Daemon:
@@ -74,7 +83,8 @@ class Daemon:
         """Put the node together.
 
         Raises:
-            ConfigError: the configuration names a sub-model that the bundle does not have.
+            ConfigError: the configuration names a sub-model that the bundle does not have, or a
+                remote server that cannot be asked.
         """
         # SimpleQueue, because its put() may be called from a signal handler.
         self.events: SimpleQueue[DaemonEvent] = SimpleQueue()
@@ -123,6 +133,7 @@ class Daemon:
         node = self.node
         node.metrics.start()
         node.supervisor.start(self._clock())
+        node.remote.start()
         node.transport.start(self._take_in)
         if node.uploads is not None:
             node.uploads.start(lambda event: self.events.put(UploadEvent(event)))
@@ -154,6 +165,7 @@ class Daemon:
         node.supervisor.stop(ENGINE_STOP_SECONDS)
         node.governor.close()
         node.filter.close()
+        node.remote.close()
         node.metrics.close()
         goodbye = node.presence.say(node.transport, "offline") if self._online else None
         self._wait_for(goodbye, self._clock() + GOODBYE_SECONDS)
@@ -190,6 +202,8 @@ class Daemon:
                 node.uploads.handle(event.event)
         elif isinstance(event, Judged):
             node.dispatch.judged(event, now)
+        elif isinstance(event, RemoteEvent):
+            node.dispatch.handle_remote(event.event, now)
         elif isinstance(event, Published):
             node.delivery.published(event.mid, event.refusal)
         elif isinstance(event, Subscribed):
@@ -223,7 +237,8 @@ class Daemon:
         if not node.status.draining:
             node.dispatch.start_next(now)
         judging = node.dispatch.judging
-        owners = (node.book.waiting, node.book.running, judging, node.conversations.owners)
+        book = node.book
+        owners = (book.waiting, book.running, book.remote, judging, node.conversations.owners)
         node.store.release_all_but({*chain(*owners), *node.blobs.ids})
         node.delivery.send_waiting()
         node.journal.tick()
@@ -321,8 +336,9 @@ class Daemon:
     # Helpers
 
     def _running(self) -> tuple[RequestRecord, ...]:
-        """Return what the engine has, and what it has answered and the filter judges."""
-        records = (*self.node.book.running, *self.node.dispatch.judging)
+        """Return what engine and remote server have, and the answers that the filter judges."""
+        book = self.node.book
+        records = (*book.running, *book.remote, *self.node.dispatch.judging)
         return tuple(record for record in records if record.state == "running")
 
     def _hand_back(self, records: tuple[RequestRecord, ...]) -> None:

@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 from nestd.daemon.elastic.settings import ElasticSettings
 from nestd.daemon.engine.messages import CPU_PROVIDERS, EngineOptions
 from nestd.daemon.prompt.media import MediaLimits
+from nestd.daemon.remote.settings import RemoteSettings
 from nestd.daemon.section import Count, PositiveSeconds, Seconds, Section, in_order
 from nestd.daemon.units import ByteSize
 
@@ -322,6 +323,7 @@ class Settings(Section):
     media: MediaSettings
     elastic: ElasticSettings
     metrics: MetricsSettings = MetricsSettings()
+    remote: RemoteSettings = RemoteSettings()
     filter: FilterSettings = FilterSettings()
     health_interval_s: Annotated[float, Field(ge=1, le=86400)] = 60.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"

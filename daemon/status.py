@@ -23,6 +23,7 @@ from nestd.daemon.mqtt.packets import Message, Transport
 from nestd.daemon.mqtt.parse import JSON_TYPE, ParseLimits
 from nestd.daemon.mqtt.schemas import schemas
 from nestd.daemon.mqtt.topics import VERSION, Topics
+from nestd.daemon.remote.rung import RemoteRung
 from nestd.daemon.replies import Replies
 from nestd.daemon.requests import RequestBook
 from nestd.daemon.settings import Settings
@@ -46,6 +47,7 @@ class Status:
         supervisor: Supervisor,
         replies: Replies,
         governor: Governor,
+        remote: RemoteRung,
         contents: Contents,
         config: dict[str, Any],
         started: float,
@@ -60,6 +62,7 @@ class Status:
         self._supervisor = supervisor
         self._replies = replies
         self._governor = governor
+        self._remote = remote
         self._contents = contents
         self._config = config
         self._started = started
@@ -84,7 +87,7 @@ class Status:
 
     def publish_state(self, now: float) -> None:
         """Publish the state if it has changed."""
-        state = self.state()
+        state = self.state(now)
         old = self._published
         if state == old:
             return
@@ -120,7 +123,7 @@ class Status:
         reason = "the engine process is started again" if self._supervisor.exits else None
         return ("loading" if self._supervisor.state == "loading" else "starting"), reason
 
-    def state(self) -> node_contract.State:
+    def state(self, now: float) -> node_contract.State:
         """Return the state of the moment."""
         phase, reason = self.phase()
         plan, bounds = self._governor.plan, self._governor.bounds
@@ -128,6 +131,7 @@ class Status:
         encoders = stats.encoders if stats is not None else ()
         running = [r for r in self._book.running if r.state == "running"]
         choice = running[0].route[-1] if running else plan.submodel
+        remote, remote_reason = self._remote.told(now)
         return node_contract.State(
             phase=phase,
             phase_reason=reason,
@@ -140,11 +144,13 @@ class Status:
             context_reason=plan.context_length.reason,
             concurrency=plan.concurrency.value,
             concurrency_reason=plan.concurrency.reason,
+            remote=remote,
+            remote_reason=remote_reason,
             modalities=("text", *encoders) if phase == "ready" else (),
             modalities_reason=plan.modalities.reason,
             modalities_off=self._governor.switched_off,
             queue=node_contract.Queue(
-                running=len(running),
+                running=len(running) + len(self._book.remote),
                 waiting=len(self._book.waiting),
                 limit=self._book.queue_limit,
             ),

@@ -64,13 +64,13 @@ def chosen_tools(request: Request) -> tuple[Tool, ...]:
 
 def with_tools(messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> tuple[ChatMessage, ...]:
     """Return the conversation with the tools explained and their results as the user's turns."""
-    turns = [_tool_result(turn) if turn.role == "tool" else turn for turn in messages]
+    turns = [tool_result(turn) if turn.role == "tool" else turn for turn in messages]
     if not tools:
         return tuple(turns)
     described = json.dumps([tool.model_dump() for tool in tools], ensure_ascii=False)
     text = f"{INSTRUCTIONS}\n\n{described}"
     if turns and turns[0].role == "system":
-        text = f"{_plain(turns.pop(0))}\n\n{text}"
+        text = f"{plain(turns.pop(0))}\n\n{text}"
     return (ChatMessage(role="system", content=text), *turns)
 
 
@@ -80,9 +80,14 @@ def call_of(text: str, tools: Sequence[Tool]) -> ToolCall | None:
         return None
     try:
         document: Any = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return ToolCall(name=document["name"], arguments=document["parameters"])
+    # A grammar keeps the engine's answers to this form; a remote server's, or a text that takes an
+    # answer's place, may be any JSON.
+    name, arguments = document.get("name"), document.get("parameters")
+    if name not in {tool.name for tool in tools} or not isinstance(arguments, dict):
+        return None
+    return ToolCall(name=name, arguments=arguments)
 
 
 def _call_schema(tool: Tool) -> dict[str, Any]:
@@ -95,11 +100,13 @@ def _call_schema(tool: Tool) -> dict[str, Any]:
     }
 
 
-def _tool_result(turn: ChatMessage) -> ChatMessage:
-    return ChatMessage(role="user", content=f"The function returned:\n{_plain(turn)}")
+def tool_result(turn: ChatMessage) -> ChatMessage:
+    """Return what a function returned as a turn of the user."""
+    return ChatMessage(role="user", content=f"The function returned:\n{plain(turn)}")
 
 
-def _plain(turn: ChatMessage) -> str:
+def plain(turn: ChatMessage) -> str:
+    """Return the text of a turn in one piece."""
     if isinstance(turn.content, str):
         return turn.content
     return "".join(part.text for part in turn.content if isinstance(part, TextContent))

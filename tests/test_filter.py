@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.node import Node, settings_for_tests
+from support.node import PATIENCE, Node, settings_for_tests, until
 
 from nestd.bundle.errors import ConfigError
 from nestd.daemon.config import HIDDEN, explain_settings
 
-PATIENCE = 30.0
 # A filter in Python; each test gives the lines that make a verdict of `document`.
 PROGRAM = """\
 import json, os, sys, time
@@ -40,14 +38,6 @@ def program(tmp_path: Path) -> Callable[[str], list[str]]:
 def start(**overrides: object) -> Node:
     listed = {f"filter__{key}": value for key, value in overrides.items()}
     return Node(**listed).start()
-
-
-def until(node: Node, wanted: Callable[[], object]) -> None:
-    """Let the daemon handle events, which come from the filter's thread, until `wanted`."""
-    deadline = time.monotonic() + PATIENCE
-    while not wanted():
-        assert time.monotonic() < deadline, node.events()
-        node.daemon.step(0.05)
 
 
 def answer(node: Node, text: str) -> dict[str, Any]:

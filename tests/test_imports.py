@@ -35,9 +35,9 @@ ARROWS = {
     },
 }
 # Each has one owner, a file in this folder.
-OWNERS = {"onnxruntime": "daemon/engine", "paho": "daemon/mqtt"}
+OWNERS = {"httpx2": "daemon/remote", "onnxruntime": "daemon/engine", "paho": "daemon/mqtt"}
 # Imported inside functions that say what to install where they are missing; and what pydantic pins.
-OPTIONAL = {"gguf", "av", "huggingface-hub", "kagglehub", "pydantic-core"}
+OPTIONAL = {"gguf", "av", "httpx2", "huggingface-hub", "kagglehub", "pydantic-core"}
 # The encoders' conversion, which convert.py imports where a checkpoint has encoders.
 CONVERT = {"torch", "transformers", "timm", "optimum", "optimum-onnx"}
 HEAVY = ("torch", "torchvision", "transformers", "optimum", "timm", "huggingface_hub")

@@ -6,8 +6,8 @@ import shutil
 import stat
 from pathlib import Path
 
+from nestd.daemon.credentials import secret_path
 from nestd.daemon.doctor.finding import Finding, failed, ok, skipped, warning
-from nestd.daemon.mqtt.connect import secret_path
 from nestd.daemon.settings import FilterSettings, MqttSettings
 from nestd.device_profiles import FALLBACK, look
 

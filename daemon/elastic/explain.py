@@ -8,15 +8,22 @@ from nestd.bundle.errors import NestdError
 from nestd.bundle.manifest import Manifest
 from nestd.daemon.elastic.cost import ModelCost
 from nestd.daemon.elastic.limits import budget, margin_c
-from nestd.daemon.elastic.plan import Plan
+from nestd.daemon.elastic.plan import Choice, Plan
+from nestd.daemon.elastic.remote import choose_remote
 from nestd.daemon.elastic.resources import Snapshot
 from nestd.daemon.elastic.task import Task, choose
+from nestd.daemon.remote.settings import Consent
 from nestd.daemon.settings import Settings
 from nestd.daemon.units import format_bytes
 
 
 def explain(
-    snapshot: Snapshot, settings: Settings, manifest: Manifest, plan: Plan, task: Task
+    snapshot: Snapshot,
+    settings: Settings,
+    manifest: Manifest,
+    plan: Plan,
+    task: Task,
+    consent: Consent,
 ) -> Iterator[str]:
     """Yield the lines: the board, the stages and what they need, the plan, the request."""
     yield f"profile  {settings.profile}"
@@ -55,7 +62,11 @@ def explain(
         text = ", ".join(value) or "none" if isinstance(value, list) else value
         yield f"{name.replace('_', ' '):15} {'-' if text is None else text!s:12} {part['reason']}"
     try:
-        chosen = choose(task, plan, manifest, settings)
+        remote = choose_remote(consent, task, plan, manifest, settings.remote)
+        if remote.value:
+            chosen = Choice("remote", remote.reason)
+        else:
+            chosen = choose(task, plan, manifest, settings)
         yield f"{'this request':15} {chosen.value:12} {chosen.reason}"
     except NestdError as error:
         yield f"{'this request':15} {'refused':12} {error}"

@@ -11,6 +11,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from nestd.bundle.errors import InsufficientMemory, PowerSaver, RequestError
 from nestd.bundle.manifest import Modality
+from nestd.daemon.remote.settings import RemoteReason
 
 T = TypeVar("T")
 
@@ -50,6 +51,7 @@ class Plan:
         threads: for the decoder; None leaves it to ONNX Runtime.
         context_length: tokens of a new session.
         concurrency: sessions that may be answered side by side.
+        remote: the board's reason to send requests that allow it to the remote server, if any.
         refusal: set while nothing can be answered.
     """
 
@@ -59,6 +61,7 @@ class Plan:
     threads: Choice[int | None]
     context_length: Choice[int]
     concurrency: Choice[int]
+    remote: Choice[RemoteReason | None]
     refusal: Refusal | None = None
 
     def as_dict(self) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from nestd.daemon.elastic.limits import (
     near_memory_trouble,
 )
 from nestd.daemon.elastic.plan import Choice, Plan, Refusal, RequestMix
+from nestd.daemon.elastic.remote import plan_remote
 from nestd.daemon.elastic.resources import Snapshot
 from nestd.daemon.elastic.settings import PaceSettings
 from nestd.daemon.settings import Settings
@@ -240,6 +241,7 @@ def _plan(
         code = bounds.hard.code
         if bounds.hard.stage >= 0 and before is not None and before.refusal is not None:
             code = before.refusal.code  # what it was for is over, but not yet for long enough
+        refusal = Refusal(code, why)
         return Plan(
             submodel=Choice(None, why),
             largest=Choice(None, why),
@@ -247,7 +249,8 @@ def _plan(
             threads=threads,
             context_length=Choice(cost.stages[0].context_length, why),
             concurrency=Choice(0, why),
-            refusal=Refusal(code, why),
+            remote=plan_remote(refusal, latches, settings.remote),
+            refusal=refusal,
         )
     stage = cost.stages[pace.stage]
     short = stage.context_length < full
@@ -260,6 +263,7 @@ def _plan(
         threads=threads,
         context_length=Choice(stage.context_length, why if short else "as configured"),
         concurrency=_concurrency(snapshot, settings, cost, biggest, encoders.value, before),
+        remote=plan_remote(None, latches, settings.remote),
     )
 
 

@@ -30,6 +30,7 @@ class Task:
         submodel: `auto`, or the name that the client asks for.
         prompt_tokens: length of the prompt, None before it is tokenised.
         media: it has an image, a clip or a video.
+        video: it has a video.
         json: it asks for a JSON answer.
     """
 
@@ -37,6 +38,7 @@ class Task:
     effort: Effort = "auto"
     prompt_tokens: int | None = None
     media: bool = False
+    video: bool = False
     json: bool = False
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
-from nestd.bundle.errors import ConfigError
+from nestd.daemon.credentials import read_secret, secret_path
 from nestd.daemon.mqtt.packets import TransportOptions
 from nestd.daemon.settings import MqttSettings, Settings
 
@@ -86,27 +85,9 @@ def _options(
     )
 
 
-def secret_path(path: Path | None) -> Path | None:
-    """Return where a secret lies: a relative path is one of systemd's credentials, if it has any.
-
-    Source: systemd.exec(5), LoadCredential= and $CREDENTIALS_DIRECTORY.
-    """
-    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
-    return path if path is None or credentials is None else Path(credentials) / path
-
-
 def read_password(file: Path | None) -> str | None:
     """Return the first line of the password file; ConfigError if it cannot be read."""
-    path = secret_path(file)
-    if path is None:
-        return None
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"mqtt.password_file: cannot read {path}: {error}") from error
-    if not lines or not lines[0]:
-        raise ConfigError(f"mqtt.password_file: the first line of {path} is empty")
-    return lines[0]
+    return read_secret(file, "mqtt.password_file")
 
 
 def _text(path: Path | None) -> str | None:

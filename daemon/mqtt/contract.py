@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from nestd.daemon.engine.messages import FinishReason, Role
+from nestd.daemon.remote.settings import Consent
 
 MAX_ID = 128
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID, pattern=r"^[\x21-\x7e]+$")]
@@ -117,6 +118,7 @@ class Request(ContractModel):
     messages: Annotated[tuple[RequestMessage, ...], Field(min_length=1, max_length=256)]
     submodel: Annotated[str, Field(min_length=1, max_length=64)] = "auto"
     effort: Effort = "auto"
+    remote: Consent | None = None
     max_tokens: Annotated[int, Field(ge=1, le=131072)] | None = None
     temperature: Annotated[float, Field(ge=0, le=10)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
@@ -142,7 +144,9 @@ class Request(ContractModel):
 class Accepted(ContractModel):
     """The request is valid and waits; `ahead` requests run or wait before it.
 
-    Sent where the request says `stream`, and once more with the next `attempt` if the engine died.
+    Sent where the request says `stream`, and once more with the next `attempt` if the engine died
+    or the remote server failed. `remote`: the remote server is to answer; `remote_reason`: why, or
+    why not, where the request allows it at all.
     """
 
     id: str
@@ -150,6 +154,8 @@ class Accepted(ContractModel):
     attempt: int
     seq: int
     ahead: int
+    remote: bool = False
+    remote_reason: str | None = None
 
 
 class Delta(ContractModel):
@@ -209,6 +215,9 @@ class Done(ContractModel):
 
     `switches` starts with the first size. `joules` is what the board used meanwhile (health's
     `watts_scope` says what that covers), null where it cannot tell.
+
+    `remote_model` is set where the remote server has answered: the model's name there; `submodel`
+    is then `remote`. `usage` is null where that server has told no figures.
     """
 
     id: str
@@ -220,8 +229,9 @@ class Done(ContractModel):
     tool_call: ToolCall | None = None
     conversation: ConversationTurn | None = None
     submodel: str
+    remote_model: str | None = None
     switches: tuple[Switch, ...]
-    usage: Usage
+    usage: Usage | None
     timings: Timings
     joules: float | None = None
 

@@ -33,6 +33,8 @@ class State(ContractModel):
     `submodel` is what the running answer runs on, or what a request without a wish would;
     `submodel_wanted` is what the owner has set, `auto` or a name; `largest` is the largest that any
     request may run on, null while requests are refused.
+    `remote` is the model of the remote server, null where there is none; `remote_reason` tells when
+    requests that allow it go there.
     `modalities` are those loaded, `modalities_off` those that the owner has switched off.
     `power_reason` (battery, supply, heat, watts) and `memory_reason` say what stands against the
     largest sub-model, whether or not it is what binds now.
@@ -49,6 +51,8 @@ class State(ContractModel):
     context_reason: str
     concurrency: int
     concurrency_reason: str
+    remote: str | None
+    remote_reason: str
     modalities: tuple[str, ...]
     modalities_reason: str
     modalities_off: tuple[str, ...]
@@ -68,6 +72,8 @@ class Counters(ContractModel):
     connections: int = 0
     sessions_lost: int = 0
     dropped_deltas: int = 0
+    remote_done: int = 0
+    remote_failed: int = 0
 
 
 class Health(ContractModel):

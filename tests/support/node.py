@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from nestd.daemon.settings import Settings
 from support.engine import FakeEngine, small_manifest
 
 REPLY = "clients/me/replies"
+PATIENCE = 30.0
 
 
 def settings_for_tests(**overrides: object) -> Settings:
@@ -161,3 +163,11 @@ class Node:
 
     def state(self) -> dict[str, Any]:
         return self.last(f"{self.base}/state")
+
+
+def until(node: Node, wanted: Callable[[], object]) -> None:
+    """Let the daemon handle events, which come from another thread, until `wanted`."""
+    deadline = time.monotonic() + PATIENCE
+    while not wanted():
+        assert time.monotonic() < deadline, node.events()
+        node.daemon.step(0.05)

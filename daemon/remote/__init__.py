@@ -1,0 +1,1 @@
+"""The remote rung: a server of the owner's choice, behind the ladder's largest sub-model."""
