@@ -103,6 +103,18 @@ def write_tokenizer(path: Path) -> None:
     tokenizer.save(str(path / "tokenizer.json"))
 
 
+def write_weights(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
+    """Write shards of random weights and their index to the directory `path`."""
+    pool = np.random.default_rng(0).standard_normal(POOL, np.float32)
+    weight_map = {}
+    parts = list(shards(tensors))
+    for number, shard in enumerate(parts, start=1):
+        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        write_shard(path / file, shard, pool)
+        weight_map |= dict.fromkeys(shard, file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 def write_checkpoint(name: str, path: Path) -> None:
     path.mkdir(parents=True)
     text = config(name)
@@ -112,14 +124,7 @@ def write_checkpoint(name: str, path: Path) -> None:
         json.dumps({"bos_token_id": 2, "eos_token_id": [1], "pad_token_id": 0})
     )
     write_tokenizer(path)
-    pool = np.random.default_rng(0).standard_normal(POOL, np.float32)
-    weight_map = {}
-    parts = list(shards(shapes(text)))
-    for number, shard in enumerate(parts, start=1):
-        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        write_shard(path / file, shard, pool)
-        weight_map |= dict.fromkeys(shard, file)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    write_weights(path, shapes(text))
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import pytest
 from support.clients import PATIENCE, Listener, listening, nestd
 from support.mosquitto import Mosquitto
+from support.shell import shell
 
 from nestd.cli.main import main
 
@@ -180,17 +181,3 @@ def test_the_commands_of_the_quickstart_run_in_their_order(
 
 def wait_until_ready(states: Listener) -> None:
     states.until(lambda state: state["phase"] == "ready")
-
-
-def shell(block: str, cwd: Path, environment: dict[str, str]) -> str:
-    """Run a block and return what it prints."""
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment,
-        timeout=2 * PATIENCE,
-    )
-    assert done.returncode == 0, (block, done.stderr)
-    return done.stdout

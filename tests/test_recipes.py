@@ -25,6 +25,7 @@ import yaml
 from support.clients import PATIENCE, Listener, listening, running_node
 from support.media import clip, encoded, photo, tone, video
 from support.mosquitto import Mosquitto
+from support.shell import shell
 from support.tiny import write_checkpoint
 from support.tiny_media import add_media
 
@@ -117,17 +118,9 @@ def test_the_commands_of_a_page_get_their_answers(page: Path, house: Mosquitto, 
         here = block.replace("-h broker.lan", f"-h 127.0.0.1 -p {house.port}")
         here = here.replace("--host broker.lan", f"--host 127.0.0.1 --port {house.port}")
         assert "broker.lan" not in here
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", here],
-            capture_output=True,
-            text=True,
-            cwd=home,
-            env=environment,
-            timeout=2 * PATIENCE,
-        )
-        assert done.returncode == 0, (block, done.stderr)
+        printed = shell(here, home, environment)
         if "mosquitto_sub" in block:
-            assert json.loads(done.stdout)["event"] == "done", done.stdout
+            assert json.loads(printed)["event"] == "done", printed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -16,7 +16,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import (
     Gemma3nAudioConfig,
@@ -29,7 +28,7 @@ from transformers import (
 from nestd.bundle.submodels import published_slices
 
 sys.path.append(str(Path(__file__).parents[1]))
-from random_checkpoint import POOL, SHAPES, config, shards, write_shard, write_tokenizer
+from random_checkpoint import SHAPES, config, write_tokenizer, write_weights
 
 COLUMNS = (
     "name",
@@ -69,14 +68,7 @@ def write_checkpoint(text: Gemma3nTextConfig, path: Path) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps(tokens))
     (path / "preprocessor_config.json").write_text(json.dumps({"do_resize": True}))
     (path / "processor_config.json").write_text(json.dumps({"audio_seq_length": 188}))
-    pool = np.random.default_rng(0).standard_normal(POOL, np.float32)
-    weight_map = {}
-    parts = list(shards(shapes(document)))
-    for number, shard in enumerate(parts, start=1):
-        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        write_shard(path / file, shard, pool)
-        weight_map |= dict.fromkeys(shard, file)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    write_weights(path, shapes(document))
 
 
 def write_slices(path: Path) -> None:
