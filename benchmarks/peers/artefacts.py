@@ -14,11 +14,12 @@ from pathlib import Path
 from nestd.bundle.manifest import MANIFEST
 
 HERE = Path(__file__).parent
+FEWER_BYTES = "nestd, fewer bytes"
 GB = 10**9
 # Decimal gigabytes, rounded up.
 CHECKPOINT_GB = {"E2B": 9, "E4B": 14}
-BUNDLE_GB = {8: 8, 4: 6}
-PREPARED_GB = {8: 10, 4: 6}
+BUNDLE_GB = {8: 9, 4: 7}
+PREPARED_GB = {8: 11, 4: 7}
 GGUF_GB = {("E2B", 8): 5, ("E2B", 4): 4, ("E4B", 8): 8, ("E4B", 4): 5}
 TYPES = {8: "q8_0", 4: "q4_0"}
 
@@ -48,16 +49,17 @@ class Artefacts:
             made.rename(path)
         return path
 
-    def bundle(self, bits: int) -> Path:
-        """Return E4B's bundle, which holds all smaller sizes."""
-        if bits in self._bundles:
+    def bundle(self, bits: int, fewer_bytes: bool = False) -> Path:
+        """Return E4B's bundle, which holds all smaller sizes; or one that reads fewer bytes."""
+        if bits in self._bundles and not fewer_bytes:
             return self._bundles[bits]
-        path = self._work / f"int{bits}"
+        path = self._work / (f"int{bits}-fewer" if fewer_bytes else f"int{bits}")
         if not (path / MANIFEST).is_file():
             checkpoint = self.checkpoint("E4B")
             self._need(BUNDLE_GB[bits] + PREPARED_GB[bits], path)
             nestd = Path(sys.executable).with_name("nestd")
-            _run(nestd, "convert", checkpoint, _fresh(path), "--bits", bits)
+            options = ("--sparse-rows", "--lm-head-screen") if fewer_bytes else ()
+            _run(nestd, "convert", checkpoint, _fresh(path), "--bits", bits, *options)
             _partial(path).rename(path)
         return path
 
@@ -95,7 +97,8 @@ class Artefacts:
 
     def drop(self, bits: int) -> None:
         """Remove what was made here for one width."""
-        shutil.rmtree(self._work / f"int{bits}", ignore_errors=True)
+        for name in (f"int{bits}", f"int{bits}-fewer"):
+            shutil.rmtree(self._work / name, ignore_errors=True)
         for path in self._work.glob(f"*-{TYPES.get(bits)}.gguf"):
             path.unlink()
 

@@ -10,6 +10,7 @@ from typing import Any
 Row = dict[str, Any]
 COLOURS = {
     "nestd": "#2a6f97",
+    "nestd, fewer bytes": "#61a5c2",
     "llama.cpp": "#c77d3c",
     "llama.cpp, not repacked": "#e3b587",
     "mistral.rs": "#6b8f47",

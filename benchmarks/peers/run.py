@@ -4,8 +4,9 @@
 
 Makes what is missing in WORK: a random checkpoint of E4B's shapes (tens of GB with all that comes
 from it), its bundles, its GGUF files; --bundle and --gguf give what is there already. nestd's E2B
-is a sub-model of E4B's bundle, llama.cpp's a GGUF file cut out of the same checkpoint. --bits 16 is
-transformers in bfloat16.
+is a sub-model of E4B's bundle, llama.cpp's a GGUF file cut out of the same checkpoint. "nestd,
+fewer bytes" is nestd with --sparse-rows and --lm-head-screen. --bits 16 is transformers in
+bfloat16.
 
 Every run is a process of its own; the peers take turns, so that a slow minute is everybody's.
 Writes benchmarks/results/peers.json, .md and .svg after each round; rows of an earlier run stay
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from artefacts import HERE, Artefacts
+from artefacts import FEWER_BYTES, HERE, Artefacts
 from peers_report import plot, table
 
 from nestd.bundle.manifest import Bundle
@@ -36,7 +37,7 @@ from nestd.cli.bench_measure import Task, in_child, read_bandwidth, watched
 sys.path.append(str(HERE.parent))
 from real_shape import RESULTS, machine
 
-PEERS = ("nestd", "llama.cpp", "llama.cpp, not repacked", "mistral.rs", "transformers")
+PEERS = ("nestd", FEWER_BYTES, "llama.cpp", "llama.cpp, not repacked", "mistral.rs", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,8 @@ def contenders(bits: int, artefacts: Artefacts, args: argparse.Namespace) -> Ite
             continue
         if "nestd" in args.peers:
             yield nestd(size, bits, artefacts, args)
+        if FEWER_BYTES in args.peers:
+            yield nestd(size, bits, artefacts, args, FEWER_BYTES)
         if "llama.cpp" in args.peers:
             yield llama_cpp(size, bits, artefacts, args)
         if "llama.cpp, not repacked" in args.peers:
@@ -72,8 +75,10 @@ def contenders(bits: int, artefacts: Artefacts, args: argparse.Namespace) -> Ite
             yield mistralrs(size, bits, artefacts, args)
 
 
-def nestd(size: str, bits: int, artefacts: Artefacts, args: argparse.Namespace) -> Contender:
-    bundle = Bundle.open(artefacts.bundle(bits))
+def nestd(
+    size: str, bits: int, artefacts: Artefacts, args: argparse.Namespace, peer: str = "nestd"
+) -> Contender:
+    bundle = Bundle.open(artefacts.bundle(bits, fewer_bytes=peer == FEWER_BYTES))
     task = Task(
         kind="prepare",
         bundle=bundle.path,
@@ -92,7 +97,7 @@ def nestd(size: str, bits: int, artefacts: Artefacts, args: argparse.Namespace) 
 
     files = sum(file.bytes for file in bundle.manifest.files.values())
     weights = f"int{bits}, blocks of {bundle.manifest.quantization.block_size}"
-    return Contender("nestd", size, bits, weights, files + prepared["disk_bytes"], measure)
+    return Contender(peer, size, bits, weights, files + prepared["disk_bytes"], measure)
 
 
 def llama_cpp(
@@ -201,7 +206,9 @@ def main() -> None:
     )
     parser.add_argument("work", type=Path, metavar="WORK")
     parser.add_argument("--llama-python", help="of an environment with gguf and llama-cpp-python")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=["nestd", "llama.cpp"])
+    parser.add_argument(
+        "--peers", nargs="+", choices=PEERS, default=["nestd", FEWER_BYTES, "llama.cpp"]
+    )
     parser.add_argument("--sizes", nargs="+", default=["E4B", "E2B"])
     parser.add_argument("--bits", nargs="+", type=int, choices=(4, 8, 16), default=[4])
     parser.add_argument(
