@@ -96,6 +96,7 @@ class Quantization(_Strict):
     """How the large matrices are stored: 32 bits means float32, unquantised.
 
     With `lm_head_screen`, logits are int4's but for those of the likeliest rows, which are exact.
+    With `sparse_rows`, a single token runs only the channels that gaussian top-k leaves above zero.
     """
 
     bits: Literal[4, 8, 32]
@@ -103,6 +104,7 @@ class Quantization(_Strict):
     embedding_bits: Literal[4, 8, 32]
     per_layer_embedding_bits: Literal[4, 8, 32]
     lm_head_screen: bool = False
+    sparse_rows: bool = False
 
 
 class BundleFile(_Strict):
@@ -117,7 +119,8 @@ class Submodel(_Strict):
 
     Attributes:
         effective_params: decoder weights that run, token and per-layer embeddings not counted.
-        decoder_bytes: bytes of decoder weights that a token touches, lm_head included.
+        decoder_bytes: bytes of decoder weights that run, lm_head included.
+        token_bytes: those that one decoded token reads where it reads less, or None.
         mmlu_percent: published score of the pretrained model, or None.
     """
 
@@ -126,7 +129,13 @@ class Submodel(_Strict):
     skipped_layers: tuple[int, ...]
     effective_params: Positive
     decoder_bytes: Positive
+    token_bytes: Positive | None = None
     mmlu_percent: float | None = None
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of decoder weights that one decoded token reads."""
+        return self.token_bytes or self.decoder_bytes
 
     @property
     def slice(self) -> Slice:

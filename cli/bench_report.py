@@ -161,7 +161,7 @@ def summary(
     speeds = []
     for rates in zip(*(run.rates for run in found), strict=True):
         decode = Spread.of(rate.decode for rate in rates)
-        read = decode.median * submodel.decoder_bytes
+        read = decode.median * submodel.bytes_per_token
         speeds.append(
             Speed(
                 prompt_tokens=rates[0].prompt_tokens,
@@ -173,7 +173,7 @@ def summary(
         )
     return SubmodelReport(
         name=submodel.name,
-        bytes_per_token=submodel.decoder_bytes,
+        bytes_per_token=submodel.bytes_per_token,
         load_seconds=Spread.of(run.load_seconds for run in found),
         first_token_seconds=Spread.of(run.first_token_seconds for run in found),
         peak=_median(peaks),

@@ -69,6 +69,12 @@ def _modalities(text: str) -> tuple[Modality, ...]:
     names = text.split(",")
     known = get_args(Modality)
     if not set(names) <= set(known) or "text" not in names:
+    parser.add_argument(
+        "--sparse-rows",
+        action="store_true",
+        help="decode the sparse layers by the channels that are not zero: fewer bytes a token, "
+        "for a larger bundle",
+    )
         raise argparse.ArgumentTypeError(f"give text, and what else of {', '.join(known[1:])}")
     return tuple(name for name in known if name in names)
 
@@ -101,3 +107,4 @@ def run(args: argparse.Namespace) -> int:
     print(describe(bundle))
     show_once(bundle, default_state_path(), lambda text: print(f"\n{text}"))
     return 0
+        sparse_rows=args.sparse_rows,

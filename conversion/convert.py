@@ -43,12 +43,8 @@ from nestd.conversion.embeddings import (
     write_embed_tokens,
     write_per_layer_embeddings,
 )
-from nestd.conversion.encoders.config import (
-    ENCODER_BLOCK_SIZE,
-    IMAGE_SIZES,
-    EncoderPlan,
-    plan_encoders,
-)
+from nestd.conversion.encoders.config import IMAGE_SIZES, EncoderPlan, plan_encoders
+from nestd.conversion.estimates import bytes_to_read, check_disk
 from nestd.conversion.model_config import read_model_config
 from nestd.conversion.progress import Progress
 from nestd.conversion.sources.open import open_checkpoint
@@ -80,6 +76,7 @@ class ConvertOptions:
         lm_head_screen: find the likeliest tokens with an int4 lm_head, score only those exactly.
     """
 
+        sparse_rows: decode layers with gaussian top-k by the channels that it leaves above zero.
     bits: Literal[4, 8, 32] = 8
     block_size: int | None = None
     per_layer_embedding_bits: Literal[4, 8, 32] | None = None
@@ -91,12 +88,15 @@ class ConvertOptions:
 
     def quantization(self) -> Quantization:
         """Return the resolved widths."""
+    sparse_rows: bool = False
         wide: Literal[8, 32] = 32 if self.bits == 32 else 8
         block_size = self.block_size or DEFAULT_BLOCK_SIZE
         if block_size < 16 or block_size & (block_size - 1):
             raise CheckpointError(f"--block-size must be a power of two from 16, not {block_size}")
-        if self.lm_head_screen and self.bits == 32:
-            raise CheckpointError("--lm-head-screen is for quantised weights: leave out --bits 32")
+        for option in ("lm_head_screen", "sparse_rows"):
+            if getattr(self, option) and self.bits == 32:
+                name = option.replace("_", "-")
+                raise CheckpointError(f"--{name} is for quantised weights: leave out --bits 32")
         return Quantization(
             bits=self.bits,
             block_size=block_size,
@@ -106,6 +106,7 @@ class ConvertOptions:
         )
 
 
+            sparse_rows=self.sparse_rows,
 def convert(source: str, destination: Path, options: ConvertOptions, log: TextIO) -> Bundle:
     """Convert the checkpoint `source` to a new bundle at `destination`.
 
@@ -142,7 +143,7 @@ def _convert(
     bits = options.encoder_bits or (32 if options.bits == 32 else 8)
     plan = plan_encoders(checkpoint, options.modalities, options.image_sizes, bits)
     encoders = _encoder_writers(checkpoint, plan)
-    _check_disk(destination, checkpoint, quantization, plan)
+    check_disk(destination, checkpoint, model, quantization, plan)
     for remark in checkpoint.remarks:
         log.write(f"note: {remark}\n")
     with _staging(destination) as staging:
@@ -177,9 +178,7 @@ class _Writer:
     def write_graphs(self, encoders: Mapping[str, EncoderWriter]) -> None:
         """Stream the graphs and their weights."""
         model, quantization = self.model, self.quantization
-        total = _bytes_to_read(self.checkpoint, model, self.encoders)
-        if quantization.lm_head_screen:
-            total += self.checkpoint.text["embed_tokens.weight"].nbytes
+        total = bytes_to_read(self.checkpoint, model, quantization, self.encoders)
         progress = Progress(total, self.log)
         self.checkpoint.on_bytes = progress.advance
         block = quantization.block_size
@@ -242,7 +241,7 @@ class _Writer:
         if self.quantization.lm_head_screen:  # the screen is part of the decoder's own bytes
             lm_head = lm_head * SCREENED_ROWS // self.model.vocab_size
         submodels = sorted(
-            (cost(self.model, item, self.decoder, lm_head) for item in slices),
+            (cost(self.model, self.quantization, item, self.decoder, lm_head) for item in slices),
             key=lambda item: item.effective_params,
         )
         cache = self.model.kv_cache_bytes(MINIMUM_CONTEXT, MINIMUM_CONTEXT, kv_bits=32)
@@ -308,59 +307,9 @@ def _encoder_writers(checkpoint: Checkpoint, plan: EncoderPlan) -> dict[str, Enc
     return writers
 
 
-def _bytes_to_read(checkpoint: Checkpoint, model: ModelConfig, encoders: EncoderPlan) -> int:
-    unused = tuple(
-        f"layers.{layer}.self_attn.{part}"
-        for layer in range(model.first_kv_shared_layer, model.num_layers)
-        for part in ("k_", "v_")
-    )
-    # The columns of down_proj are read once for the narrow and once for the wide half.
-    twice = tuple(
-        f"layers.{layer}.mlp.down_proj."
-        for layer, width in enumerate(model.intermediate_size)
-        if width > model.nested_intermediate_size
-    )
-    text = sum(
-        info.nbytes * (2 if name.startswith(twice) else 1)
-        for name, info in checkpoint.text.items()
-        if not name.startswith(unused)
-    )
-    return text + sum(
-        info.nbytes
-        for name, info in checkpoint.encoders.items()
-        if name.startswith(encoders.weights)
-    )
-
-
 def _architecture(checkpoint: Checkpoint) -> str:
     names = checkpoint.config.get("architectures") or [checkpoint.config["model_type"]]
     return str(names[0])
-
-
-def _check_disk(
-    destination: Path, checkpoint: Checkpoint, quantization: Quantization, encoders: EncoderPlan
-) -> None:
-    """Refuse before the work starts what would end in a full disk."""
-    tables = ("embed_tokens.weight", "embed_tokens_per_layer.weight")
-    overhead = 4 / quantization.block_size if quantization.bits != 32 else 0.0
-    needed = 0.0
-    for name, info in checkpoint.text.items():
-        bits = quantization.bits if name not in tables else quantization.embedding_bits
-        needed += info.elements * (bits / 8 + overhead)
-        if name == tables[0] and quantization.lm_head_screen:
-            needed += info.elements * (0.5 + overhead)
-    for name, info in checkpoint.encoders.items():
-        if name.startswith(encoders.weights):
-            needed += info.elements * (4.0 if encoders.bits == 32 else 1 + 4 / ENCODER_BLOCK_SIZE)
-    parent = destination.absolute().parent
-    if not parent.is_dir():
-        raise BundleError(f"there is no directory {parent}: create it first")
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise BundleError(
-            f"the bundle needs {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free: "
-            "free some space or choose another disk"
-        )
 
 
 @contextmanager

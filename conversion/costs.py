@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nestd.bundle.manifest import ModelConfig, Submodel
+from nestd.bundle.manifest import ModelConfig, Quantization, Submodel
 from nestd.bundle.submodels import Slice
 from nestd.conversion.decoder import DecoderBytes
 
@@ -45,7 +45,13 @@ def _layer_params(model: ModelConfig, layer: int) -> int:
     return attention + altup + laurel + embedding + norms
 
 
-def cost(model: ModelConfig, item: Slice, decoder: DecoderBytes, lm_head_bytes: int) -> Submodel:
+def cost(
+    model: ModelConfig,
+    quantization: Quantization,
+    item: Slice,
+    decoder: DecoderBytes,
+    lm_head_bytes: int,
+) -> Submodel:
     """Return the manifest's entry for `item`."""
     touched = decoder.common + lm_head_bytes
     for layer, (narrow, wide) in enumerate(decoder.layers):
@@ -57,5 +63,20 @@ def cost(model: ModelConfig, item: Slice, decoder: DecoderBytes, lm_head_bytes: 
         skipped_layers=item.skipped_layers,
         effective_params=effective_params(model, item),
         decoder_bytes=touched,
+        token_bytes=touched - idle if (idle := _idle_bytes(model, quantization, item)) else None,
         mmlu_percent=item.mmlu_percent,
     )
+
+
+def _idle_bytes(model: ModelConfig, quantization: Quantization, item: Slice) -> int:
+    """Return what a decoded token leaves alone of up and down, whole and as tables of rows."""
+    if not quantization.sparse_rows:
+        return 0
+    whole = quantization.bits / 8 + 4 / quantization.block_size
+    total = 0.0
+    for layer, sparsity in enumerate(model.activation_sparsity_pattern):
+        if sparsity > 0 and layer not in item.skipped_layers:
+            wide = layer in item.wide_layers
+            width = model.intermediate_size[layer] if wide else model.nested_intermediate_size
+            total += 2 * model.hidden_size * width * (whole + sparsity)
+    return int(total)

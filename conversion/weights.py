@@ -18,7 +18,11 @@ from nestd.conversion.quantize import quantize
 
 # Page-aligned, so that the daemon can hand the pages of one matrix back to the kernel.
 ALIGNMENT = 4096
-DATA_TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.uint8): TensorProto.UINT8}
+DATA_TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.uint8): TensorProto.UINT8,
+    np.dtype(np.int8): TensorProto.INT8,
+}
 
 
 @dataclass(frozen=True, slots=True)

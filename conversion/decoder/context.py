@@ -19,11 +19,14 @@ class DecoderContext:
     Attributes:
         bits: of attention and feed-forward, which hold nearly all weights.
         small_bits: of the projections around them, which are few and more sensitive: never 4.
+        sparse_rows: whether layers with gaussian top-k get tables of rows for decoding.
         rope: names of (cos, sin) caches by layer type.
         batch: name of the shape [B].
         query_shape, qkv_shape: names of the shapes [B, -1, width] that give rows a batch axis.
         positions: name of the positions [B, rows] of the rows that run.
         no_kv: name of an empty key and value [B, 0, kv width] for layers without a cache.
+        single_row: name of a bool [1], whether there is one row in all.
+        no_columns: name of the shape [R, 0] of all rows.
         wide_flags, kept_flags: names of each layer's bool [1].
     """
 
@@ -31,12 +34,15 @@ class DecoderContext:
     model: ModelConfig
     bits: int
     small_bits: int
+    sparse_rows: bool = False
     rope: dict[str, tuple[str, str]] = field(default_factory=dict)
     batch: str = ""
     query_shape: str = ""
     qkv_shape: str = ""
     positions: str = ""
     no_kv: str = ""
+    single_row: str = ""
+    no_columns: str = ""
     wide_flags: list[str] = field(default_factory=list)
     kept_flags: list[str] = field(default_factory=list)
 

@@ -11,6 +11,7 @@ from statistics import NormalDist
 import numpy as np
 
 from nestd.conversion.decoder.context import DecoderContext
+from nestd.conversion.decoder.sparse_feed_forward import SparseFeedForward
 from nestd.conversion.graph_builder import GraphBuilder
 from nestd.conversion.weights import Matrix, matrix, stack
 
@@ -33,6 +34,9 @@ class FeedForward:
     def run(self, rows: str) -> tuple[str, int]:
         """Return (rows [R, hidden], bytes of the wide half) for rows [R, hidden]."""
         graph = self.graph
+        if self.deviations is not None and self.context.sparse_rows:
+            sparse = SparseFeedForward(self.context, graph, self.layer, self.deviations)
+            return sparse.run(rows)
         gate, up = self._gate_up(graph, rows, 0, self.narrow)
         sums = self._sums(graph, gate) if self.deviations is not None else None
         wide_bytes = 0

@@ -69,7 +69,11 @@ def write_decoder(
 ) -> DecoderBytes:
     """Write the graph to `path` and its weights to `weights`; return where the bytes are."""
     context = DecoderContext(
-        checkpoint, model, quantization.bits, 32 if quantization.bits == 32 else 8
+        checkpoint,
+        model,
+        quantization.bits,
+        32 if quantization.bits == 32 else 8,
+        quantization.sparse_rows,
     )
     graph = GraphBuilder("decoder", weights, quantization.block_size)
     count = DecoderBytes()
@@ -127,6 +131,12 @@ def _shared_values(context: DecoderContext, graph: GraphBuilder) -> None:
     context.qkv_shape = context.batched(graph, -1, qkv_width)
     context.no_kv = graph.op("ConstantOfShape", context.batched(graph, 0, context.kv_width))
     context.positions = _positions(graph)
+    if context.sparse_rows:
+        count = graph.op(
+            "ReduceProd", graph.op("Shape", "inputs_embeds", start=0, end=2), keepdims=1
+        )
+        context.single_row = graph.op("Equal", count, graph.constant([1], np.int64))
+        context.no_columns = graph.op("Concat", count, graph.constant([0], np.int64), axis=0)
     layers = model.num_layers
     context.wide_flags = graph.ops("Split", "wide_layers", outputs=layers, num_outputs=layers)
     context.kept_flags = graph.ops("Split", "kept_layers", outputs=layers, num_outputs=layers)

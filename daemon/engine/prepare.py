@@ -188,12 +188,19 @@ def _parts(graph: Path, nested: int) -> dict[str, list[tuple[int, int]]]:
 
     model = onnx.load(graph, load_external_data=False)
     wide = re.compile(rf"(layers\.\d+)\.mlp\.\w+\.{nested}(\.scales)?")
+    table = re.compile(r"(layers\.\d+)\.mlp\.(up|down)_rows")
     regions: dict[str, list[tuple[int, int]]] = defaultdict(list)
     tensors = list(_initializers(model.graph))
     screened = any(tensor.name.startswith("lm_head.screen") for tensor in tensors)
     for tensor in tensors:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         if entries.get("location") != DATA:
+            continue
+        own = (int(entries["offset"]), int(entries["length"]))
+        if match := table.fullmatch(tensor.name):
+            half = own[1] * nested // tensor.dims[0]
+            regions[match[1]].append((own[0], half))
+            regions[f"{match[1]}.wide"].append((own[0] + half, own[1] - half))
             continue
         if match := wide.fullmatch(tensor.name):
             part = f"{match[1]}.wide"
@@ -203,7 +210,6 @@ def _parts(graph: Path, nested: int) -> dict[str, list[tuple[int, int]]]:
             part = ROWS
         else:
             part = "common"
-        own = (int(entries["offset"]), int(entries["length"]))
         packed = [value for key, value in entries.items() if key.startswith("prepacked_")]
         for value in packed:
             # `key|offset;bytes;flags`, several separated by further bars.

@@ -53,7 +53,7 @@ def table(profile: str) -> str:
         free = [format_bytes(need + reserve) for need in needs]
         cells = [item.name, str(stage.context_length), format_bytes(needs[0]), *free]
         if bandwidth is not None:
-            cells.append(f"{bandwidth * 1e9 / item.decoder_bytes:.1f}")
+            cells.append(f"{bandwidth * 1e9 / item.bytes_per_token:.1f}")
         rows.append(f"| {' | '.join(cells)} |")
     beyond = [rung.name for rung in cost.ladder if rung.effective_params > allowed]
     if beyond:
