@@ -56,23 +56,24 @@ class Contender:
         return [self.peer, self.size, self.bits]
 
 
-def contenders(bits: int, artefacts: Artefacts, args: argparse.Namespace) -> Iterator[Contender]:
-    """Yield the rows for one width; whatever they need is made first."""
-    for size in args.sizes:
-        if bits == 16:
-            if "transformers" in args.peers:
-                yield transformers(size, artefacts, args)
-            continue
-        if "nestd" in args.peers:
-            yield nestd(size, bits, artefacts, args)
-        if FEWER_BYTES in args.peers:
-            yield nestd(size, bits, artefacts, args, FEWER_BYTES)
-        if "llama.cpp" in args.peers:
-            yield llama_cpp(size, bits, artefacts, args)
-        if "llama.cpp, not repacked" in args.peers:
-            yield llama_cpp(size, bits, artefacts, args, "--no-repack")
-        if "mistral.rs" in args.peers:
-            yield mistralrs(size, bits, artefacts, args)
+def contenders(
+    bits: int, size: str, artefacts: Artefacts, args: argparse.Namespace
+) -> Iterator[Contender]:
+    """Yield the rows for one width and size; whatever they need is made first."""
+    if bits == 16:
+        if "transformers" in args.peers:
+            yield transformers(size, artefacts, args)
+        return
+    if "nestd" in args.peers:
+        yield nestd(size, bits, artefacts, args)
+    if FEWER_BYTES in args.peers:
+        yield nestd(size, bits, artefacts, args, FEWER_BYTES)
+    if "llama.cpp" in args.peers:
+        yield llama_cpp(size, bits, artefacts, args)
+    if "llama.cpp, not repacked" in args.peers:
+        yield llama_cpp(size, bits, artefacts, args, "--no-repack")
+    if "mistral.rs" in args.peers:
+        yield mistralrs(size, bits, artefacts, args)
 
 
 def nestd(
@@ -140,8 +141,11 @@ def foreign(command: list[str]) -> dict[str, Any]:
     return {**answer, "peak": peak.model_dump()}
 
 
-def measure_all(bits: int, artefacts: Artefacts, args: argparse.Namespace) -> None:
-    """Measure one width, all rows in turn, and write after each round."""
+def measure_all(bits: int, size: str, artefacts: Artefacts, args: argparse.Namespace) -> None:
+    """Measure one width and size, all rows in turn, and write after each round.
+
+    One size at a time: files of both would push each other out of the page cache.
+    """
     bandwidth = read_bandwidth(args.threads)
     rows = [
         (
@@ -162,7 +166,7 @@ def measure_all(bits: int, artefacts: Artefacts, args: argparse.Namespace) -> No
                 "peaks": [],
             },
         )
-        for contender in contenders(bits, artefacts, args)
+        for contender in contenders(bits, size, artefacts, args)
     ]
     for number in range(args.runs):
         for contender, row in rows:
@@ -173,7 +177,7 @@ def measure_all(bits: int, artefacts: Artefacts, args: argparse.Namespace) -> No
             row["peaks"].append(measured["peak"])
             print(f"{contender.key}: {measured['run']['rates']}", file=sys.stderr)
         write([row for _, row in rows], args.out)
-        print(f"{bits} bits: round {number + 1} of {args.runs}", file=sys.stderr)
+        print(f"{size}, {bits} bits: round {number + 1} of {args.runs}", file=sys.stderr)
 
 
 def write(rows: list[dict[str, Any]], out: Path) -> None:
@@ -232,7 +236,8 @@ def main() -> None:
     args.prepared = args.prepared or args.work / "prepared"
     artefacts = Artefacts(args.work, args.llama_python, dict(args.bundle), dict(args.gguf))
     for bits in args.bits:
-        measure_all(bits, artefacts, args)
+        for size in args.sizes:
+            measure_all(bits, size, artefacts, args)
         if args.keep_less:
             artefacts.drop(bits)
             if own_prepared:
