@@ -62,6 +62,12 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         action="store_true",
         help="score all tokens at 4 bits and only the likeliest 256 exactly: fewer bytes a token",
     )
+    parser.add_argument(
+        "--sparse-rows",
+        action="store_true",
+        help="decode the sparse layers by the channels that are not zero: fewer bytes a token, "
+        "for a larger bundle",
+    )
     return parser
 
 
@@ -69,12 +75,6 @@ def _modalities(text: str) -> tuple[Modality, ...]:
     names = text.split(",")
     known = get_args(Modality)
     if not set(names) <= set(known) or "text" not in names:
-    parser.add_argument(
-        "--sparse-rows",
-        action="store_true",
-        help="decode the sparse layers by the channels that are not zero: fewer bytes a token, "
-        "for a larger bundle",
-    )
         raise argparse.ArgumentTypeError(f"give text, and what else of {', '.join(known[1:])}")
     return tuple(name for name in known if name in names)
 
@@ -102,9 +102,9 @@ def run(args: argparse.Namespace) -> int:
         image_sizes=args.image_sizes or IMAGE_SIZES,
         encoder_bits=args.encoder_bits,
         lm_head_screen=args.lm_head_screen,
+        sparse_rows=args.sparse_rows,
     )
     bundle = convert(args.checkpoint, args.bundle, options, sys.stderr)
     print(describe(bundle))
     show_once(bundle, default_state_path(), lambda text: print(f"\n{text}"))
     return 0
-        sparse_rows=args.sparse_rows,

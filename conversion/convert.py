@@ -74,9 +74,9 @@ class ConvertOptions:
         image_sizes: side lengths in pixels, a vision graph each.
         encoder_bits: of the encoders' matrices; None takes 8, or 32 where `bits` is 32.
         lm_head_screen: find the likeliest tokens with an int4 lm_head, score only those exactly.
+        sparse_rows: decode layers with gaussian top-k by the channels that it leaves above zero.
     """
 
-        sparse_rows: decode layers with gaussian top-k by the channels that it leaves above zero.
     bits: Literal[4, 8, 32] = 8
     block_size: int | None = None
     per_layer_embedding_bits: Literal[4, 8, 32] | None = None
@@ -85,10 +85,10 @@ class ConvertOptions:
     image_sizes: tuple[int, ...] = IMAGE_SIZES
     encoder_bits: Literal[8, 32] | None = None
     lm_head_screen: bool = False
+    sparse_rows: bool = False
 
     def quantization(self) -> Quantization:
         """Return the resolved widths."""
-    sparse_rows: bool = False
         wide: Literal[8, 32] = 32 if self.bits == 32 else 8
         block_size = self.block_size or DEFAULT_BLOCK_SIZE
         if block_size < 16 or block_size & (block_size - 1):
@@ -103,10 +103,10 @@ class ConvertOptions:
             embedding_bits=wide,
             per_layer_embedding_bits=self.per_layer_embedding_bits or wide,
             lm_head_screen=self.lm_head_screen,
+            sparse_rows=self.sparse_rows,
         )
 
 
-            sparse_rows=self.sparse_rows,
 def convert(source: str, destination: Path, options: ConvertOptions, log: TextIO) -> Bundle:
     """Convert the checkpoint `source` to a new bundle at `destination`.
 
