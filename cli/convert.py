@@ -18,10 +18,17 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "checkpoint",
-        help="a directory (Hugging Face, MLX), a GGUF file, a Hugging Face repository, "
+        help="a directory (Hugging Face, MLX, GGUF), a GGUF file, a Hugging Face repository, "
         "kaggle:OWNER/MODEL/... or ollama:MODEL:TAG",
     )
     parser.add_argument("bundle", type=Path, help="the directory to create")
+    parser.add_argument(
+        "--mmproj",
+        type=Path,
+        metavar="FILE",
+        help="llama.cpp's GGUF file of eyes and ears, to go with a GGUF file of text (in a "
+        "directory with both it is found)",
+    )
     parser.add_argument(
         "--bits", type=int, choices=(4, 8, 32), default=8, help="width of the weights (default 8)"
     )
@@ -101,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         modalities=args.modalities,
         image_sizes=args.image_sizes or IMAGE_SIZES,
         encoder_bits=args.encoder_bits,
+        mmproj=args.mmproj,
         lm_head_screen=args.lm_head_screen,
         sparse_rows=args.sparse_rows,
     )

@@ -41,6 +41,7 @@ class Checkpoint:
         text: tensors of the text decoder by normalised name.
         encoders: tensors of both towers and their projectors by normalised name.
         remarks: what whoever converts it should know, a sentence each.
+        towers_from: what to do where it lacks a tower, an imperative.
         on_bytes: called with the number of bytes after each read.
     """
 
@@ -51,8 +52,10 @@ class Checkpoint:
         reader: TensorReader,
         assets: Path,
         remarks: tuple[str, ...] = (),
+        towers_path: Path | None = None,
+        towers_from: str = "take a Gemma3nForConditionalGeneration checkpoint",
     ) -> None:
-        """Look through the weights.
+        """Look through the weights; those of the towers may lie in a file `towers_path`.
 
         Raises:
             CheckpointError: they are not Gemma 3n's, or a file is missing or cut short.
@@ -61,6 +64,8 @@ class Checkpoint:
         self.assets = assets
         self.config = config
         self.remarks = remarks
+        self.towers_from = towers_from
+        self._towers_path = towers_path or path
         self.on_bytes: Callable[[int], None] = lambda _: None
         self._reader = reader
         tensors = reader.tensors()
@@ -75,22 +80,26 @@ class Checkpoint:
         info = self.text.get(name) or self.encoders.get(name)
         if info is None:
             raise CheckpointError(
-                f"{self.path} lacks the weight {name}: is every shard of the checkpoint there?"
+                f"{self._file(name)} lacks the weight {name}: is every shard of the checkpoint "
+                "there?"
             )
         return info
+
+    def _file(self, name: str) -> Path:
+        return self._towers_path if name.startswith(ENCODER_MODULES) else self.path
 
     def expect(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         """Return the tensor's info; CheckpointError unless it is a float tensor of `shape`."""
         info = self._info(name)
         if info.shape != shape:
             raise CheckpointError(
-                f"{self.path}: {name} has shape {list(info.shape)}, config.json asks for "
+                f"{self._file(name)}: {name} has shape {list(info.shape)}, config.json asks for "
                 f"{list(shape)}: config and weights belong to different models"
             )
         if info.dtype not in self._reader.dtypes:
             raise CheckpointError(
-                f"{self.path}: {name} has dtype {info.dtype}; convert from a checkpoint in one of "
-                f"{', '.join(self._reader.dtypes)}"
+                f"{self._file(name)}: {name} has dtype {info.dtype}; convert from a checkpoint in "
+                f"one of {', '.join(self._reader.dtypes)}"
             )
         return info
 

@@ -73,6 +73,8 @@ class ConvertOptions:
         modalities: to convert, text always; None takes all that the checkpoint has.
         image_sizes: side lengths in pixels, a vision graph each.
         encoder_bits: of the encoders' matrices; None takes 8, or 32 where `bits` is 32.
+        mmproj: the GGUF file of the towers, for a text model in a GGUF file; None takes the one
+            beside it where the source is a directory.
         lm_head_screen: find the likeliest tokens with an int4 lm_head, score only those exactly.
         sparse_rows: decode layers with gaussian top-k by the channels that it leaves above zero.
     """
@@ -84,6 +86,7 @@ class ConvertOptions:
     modalities: tuple[Modality, ...] | None = None
     image_sizes: tuple[int, ...] = IMAGE_SIZES
     encoder_bits: Literal[8, 32] | None = None
+    mmproj: Path | None = None
     lm_head_screen: bool = False
     sparse_rows: bool = False
 
@@ -111,7 +114,8 @@ def convert(source: str, destination: Path, options: ConvertOptions, log: TextIO
     """Convert the checkpoint `source` to a new bundle at `destination`.
 
     Args:
-        source: a directory, a Hugging Face repository id, or `kaggle:...`.
+        source: a directory, a GGUF file, a Hugging Face repository id, `kaggle:...` or
+            `ollama:...`.
         destination: a directory that does not exist yet.
         options: widths, sub-models and modalities.
         log: where progress and remarks go.
@@ -124,7 +128,7 @@ def convert(source: str, destination: Path, options: ConvertOptions, log: TextIO
     if destination.exists():
         raise BundleError(f"{destination} exists already: remove it or choose another name")
     path = resolve(source)
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path, options.mmproj) as checkpoint:
         _convert(checkpoint, source, destination, options, log)
     return Bundle.open(destination)
 

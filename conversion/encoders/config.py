@@ -60,7 +60,7 @@ def plan_encoders(
         if name != "text" and name not in held:
             raise CheckpointError(
                 f"{checkpoint.path} holds no {name} encoder (no weight {name}_tower.*): leave "
-                f"{name} out of --modalities, or take a Gemma3nForConditionalGeneration checkpoint"
+                f"{name} out of --modalities, or {checkpoint.towers_from}"
             )
     chosen = [name for name in held if wanted is None or name in wanted]
     config = checkpoint.config

@@ -2,29 +2,22 @@
 
 Source of names and layout: llama.cpp, conversion/gemma.py (Gemma3NModel) and
 gguf-py/gguf/tensor_mapping.py; Ollama, convert/convert_gemma3n.go. Both store the text decoder
-only; llama.cpp puts the towers into a second file (mmproj), which is not read.
+only; llama.cpp puts the towers into a second file (`mmproj`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from nestd.bundle.errors import CheckpointError
-from nestd.conversion.sources.tensors import Floats, TensorInfo
+from nestd.conversion.sources.gguf_file import GgufFile
+from nestd.conversion.sources.tensors import TensorInfo
 
-MAGIC: Final = b"GGUF"
 ARCHITECTURE: Final = "gemma3n"
-# As gguf-py can decode them.
-FLOATS: Final = ("F32", "F16", "BF16")
-QUANTISED: Final = (
-    "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
-    "IQ4_XS",
-)  # fmt: skip
+TOWERS_ARCHITECTURE: Final = "clip"
 MODEL_TENSORS: Final = {
     "token_embd": "embed_tokens",
     "per_layer_token_embd": "embed_tokens_per_layer",
@@ -63,115 +56,55 @@ LAYER_TENSORS: Final = {
     "laurel_post_norm": "laurel.post_laurel_norm",
 }
 CORRECT_SCALE: Final = "altup_correct_scale"
+PER_LAYER_TABLE: Final = "embed_tokens_per_layer.weight"
 
 
-def is_gguf(path: Path) -> bool:
-    """Say whether the file begins as a GGUF file does, whatever it is called."""
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
+class Gguf(GgufFile):
+    """Reads the text decoder of one file."""
 
-
-def read_header(path: Path) -> Any:  # noqa: ANN401  (gguf.GGUFReader, which has no types)
-    """Return the header of a file.
-
-    Raises:
-        CheckpointError: it is damaged or cut short, or the package `gguf` is not installed.
-    """
-    try:
-        import gguf
-    except ImportError as error:
-        raise CheckpointError(f"to read {path}, install gguf: pip install 'nestd[gguf]'") from error
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or cut short ({error}): download it again"
-        ) from error
-
-
-def architecture(path: Path) -> str | None:
-    """Return what kind of model a GGUF file holds; CheckpointError if it is damaged."""
-    field = read_header(path).fields.get("general.architecture")
-    return None if field is None else str(field.contents())
-
-
-class Gguf:
-    """Reads the tensors of one file; only the header is kept.
-
-    Attributes:
-        keys: the metadata by key, as Python values.
-        types: types of the quantised tensors.
-    """
-
-    dtypes = (*FLOATS, *QUANTISED)
-
-    def __init__(self, path: Path) -> None:
-        """Read the header.
+    def __init__(self, path: Path, header: Any = None) -> None:  # noqa: ANN401  (gguf.GGUFReader)
+        """Take the header in, or read it where it is not given.
 
         Raises:
             CheckpointError: it is damaged or cut short, or of another architecture.
         """
-        header = read_header(path)
-        from gguf import GGMLQuantizationType, quants
-
-        self._path = path
-        self._quants, self._types = quants, GGMLQuantizationType
-        self.keys: Mapping[str, Any] = {
-            name: field.contents() for name, field in header.fields.items()
-        }
+        super().__init__(path, header)
         kind = self.keys.get("general.architecture")
+        if kind == TOWERS_ARCHITECTURE:
+            raise CheckpointError(
+                f"{path} holds towers without a text decoder: give the text model's GGUF file, and "
+                "this one with --mmproj"
+            )
         if kind != ARCHITECTURE:
             raise CheckpointError(
                 f"{path} holds a model of the architecture {kind!r}; nestd converts Gemma 3n only "
                 f"({ARCHITECTURE})"
             )
-        self._offsets: dict[str, int] = {}
         self._infos: dict[str, TensorInfo] = {}
-        for tensor in header.tensors:
-            shape = tuple(int(size) for size in reversed(tensor.shape))
-            offset, nbytes = int(tensor.data_offset), int(tensor.n_bytes)
-            if offset + nbytes > path.stat().st_size:
-                raise CheckpointError(f"{path} is cut short: download it again")
-            info = TensorInfo(path.name, tensor.name, shape, tensor.tensor_type.name, nbytes)
-            self._add(tensor.name.removesuffix(".weight"), info, offset)
-        self.types = sorted({info.dtype for info in self._infos.values()} - set(FLOATS))
+        for name, info in self.stored.items():
+            self._add(name.removesuffix(".weight"), info)
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Return all tensors of the decoder by their Hugging Face name."""
         return {f"model.{name}": info for name, info in self._infos.items()}
 
-    def rows(self, info: TensorInfo, start: int, stop: int) -> Floats:
-        """Return rows `start` to `stop` of a tensor, dequantised."""
-        row_bytes = info.nbytes // info.shape[0]
-        data = np.fromfile(
-            self._path,
-            np.uint8,
-            count=(stop - start) * row_bytes,
-            offset=self._offsets[info.name] + start * row_bytes,
-        )
-        # Blocks run along the last axis, so that axis comes last here too.
-        lines = (stop - start) * (info.elements // info.shape[0] // info.shape[-1])
-        if len(info.shape) == 1:
-            lines = 1
-        floats = self._quants.dequantize(data.reshape(lines, -1), self._types[info.dtype])
-        result: Floats = floats.reshape(stop - start, *info.shape[1:])
-        return result
+    def cut_per_layer_table(self, rows: int) -> None:
+        """Leave out what lies behind `rows`.
 
-    def _add(self, base: str, info: TensorInfo, offset: int) -> None:
+        llama.cpp fills the table up with zeros for the ids of media, which have no row in it.
+        """
+        info = self._infos.get(PER_LAYER_TABLE)
+        if info is not None and info.shape[0] > rows:
+            nbytes = info.nbytes // info.shape[0] * rows
+            cut = replace(info, shape=(rows, *info.shape[1:]), nbytes=nbytes)
+            self._infos[PER_LAYER_TABLE] = cut
+
+    def _add(self, base: str, info: TensorInfo) -> None:
         """Take one tensor in under its Hugging Face name; what nestd has no use for is left."""
-        self._offsets[info.name] = offset
         if base in MODEL_TENSORS:
             self._infos[f"{MODEL_TENSORS[base]}.weight"] = info
         elif base in STACKED_TENSORS and len(info.shape) == 3:
-            for number in range(info.shape[0]):
-                piece = TensorInfo(
-                    info.file,
-                    f"{info.name}[{number}]",
-                    info.shape[1:],
-                    info.dtype,
-                    info.nbytes // info.shape[0],
-                )
-                self._offsets[piece.name] = offset + number * piece.nbytes
+            for number, piece in enumerate(self.pieces(info)):
                 self._infos[f"{STACKED_TENSORS[base]}.{number}.weight"] = piece
         elif match := re.fullmatch(r"blk\.(\d+)\.(\w+)", base):
             layer, part = match.groups()

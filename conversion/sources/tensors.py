@@ -44,3 +44,24 @@ class TensorReader(Protocol):
 
     def rows(self, info: TensorInfo, start: int, stop: int) -> Floats:
         """Return rows `start` to `stop` of a tensor: [stop - start, ...]."""
+
+
+class Together:
+    """Several readers as one, for a model whose parts lie in files of their own."""
+
+    def __init__(self, *readers: TensorReader) -> None:
+        """Take readers whose tensors differ in name."""
+        self._tensors: dict[str, TensorInfo] = {}
+        self._reader: dict[TensorInfo, TensorReader] = {}
+        for reader in readers:
+            self._tensors |= reader.tensors()
+            self._reader |= dict.fromkeys(reader.tensors().values(), reader)
+        self.dtypes = tuple(dict.fromkeys(name for reader in readers for name in reader.dtypes))
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Return the tensors of all."""
+        return dict(self._tensors)
+
+    def rows(self, info: TensorInfo, start: int, stop: int) -> Floats:
+        """Return rows `start` to `stop` of a tensor, from the file that holds it."""
+        return self._reader[info].rows(info, start, stop)

@@ -8,7 +8,9 @@ model of such a config.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     Gemma3nAudioConfig,
@@ -20,11 +22,9 @@ from transformers import (
 from nestd.conversion.encoders.towers import decode_model_args
 from support.checkpoints import randomise, save_checkpoint, text_config
 from support.tiny_media import (
-    AUDIO_OFFSET,
     CHAT_TEMPLATE,
     HARD_IDS,
     SPECIAL_TOKENS,
-    VISION_OFFSET,
     multimodal_tokenizer,
 )
 
@@ -35,38 +35,48 @@ MODEL_ARGS = {
 }
 
 
-def conditional_generation_model() -> Gemma3nForConditionalGeneration:
-    """Return a random float32 model; its vision tower is MobileNet-V5 cut to two blocks."""
+def conditional_generation_model(
+    tokens: Mapping[str, int] = SPECIAL_TOKENS,
+    model_args: Mapping[str, Any] = MODEL_ARGS,
+    **text: Any,
+) -> Gemma3nForConditionalGeneration:
+    """Return a random float32 model; its vision tower is MobileNet-V5 cut to two blocks.
+
+    Args:
+        tokens: ids of the tokens of media.
+        model_args: of the vision tower.
+        text: changes to the text decoder's config.
+    """
     vision = Gemma3nVisionConfig(
         hidden_size=2048,
         vocab_size=HARD_IDS,
-        vocab_offset=VISION_OFFSET,
-        model_args=decode_model_args(MODEL_ARGS),
+        vocab_offset=tokens["<end_of_image>"],
+        model_args=decode_model_args(model_args),
     )
     audio = Gemma3nAudioConfig(
         vocab_size=HARD_IDS,
-        vocab_offset=AUDIO_OFFSET,
+        vocab_offset=tokens["<end_of_audio>"],
         hidden_size=32,
         conf_num_attention_heads=2,
         conf_num_hidden_layers=2,
         sscp_conv_channel_size=(8, 4),
     )
     config = Gemma3nConfig(
-        text_config=text_config().to_dict(),
+        text_config=text_config(**text).to_dict(),
         vision_config=vision.to_dict(),
         audio_config=audio.to_dict(),
         vision_soft_tokens_per_image=16,
-        boi_token_id=SPECIAL_TOKENS["<start_of_image>"],
-        image_token_id=SPECIAL_TOKENS["<image_soft_token>"],
-        eoi_token_id=SPECIAL_TOKENS["<end_of_image>"],
-        boa_token_id=SPECIAL_TOKENS["<start_of_audio>"],
-        audio_token_id=SPECIAL_TOKENS["<audio_soft_token>"],
-        eoa_token_id=SPECIAL_TOKENS["<end_of_audio>"],
+        boi_token_id=tokens["<start_of_image>"],
+        image_token_id=tokens["<image_soft_token>"],
+        eoi_token_id=tokens["<end_of_image>"],
+        boa_token_id=tokens["<start_of_audio>"],
+        audio_token_id=tokens["<audio_soft_token>"],
+        eoa_token_id=tokens["<end_of_audio>"],
     )
     config._attn_implementation = "eager"
     model = Gemma3nForConditionalGeneration(config).eval()
     # timm has put functions into the block arguments, which config.json cannot hold.
-    model.config.vision_config.model_args = MODEL_ARGS
+    model.config.vision_config.model_args = dict(model_args)
     randomise(model)
     return model
 
