@@ -145,6 +145,13 @@ def test_the_manifest_says_what_a_token_reads(bundles: dict[bool, Bundle]) -> No
     assert full.token_bytes < bundles[False].manifest.submodel("full").decoder_bytes
 
 
+def test_operators_of_the_channels_that_count(bundles: dict[bool, Bundle]) -> None:
+    graph = onnx.load(bundles[True].file("decoder.onnx"), load_external_data=False).graph
+    counts = [len(part.node) for part in graphs_of(graph) if part.name.endswith(".sparse")]
+    assert len(counts) == SPARSE
+    assert max(counts) <= 42
+
+
 def test_mapped_tables_belong_to_the_halves_of_their_layers(
     bundles: dict[bool, Bundle], tmp_path: Path
 ) -> None:

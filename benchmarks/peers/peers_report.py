@@ -24,6 +24,7 @@ def table(rows: list[Row]) -> str:
     heads = ["size", "", "weights"]
     heads += [f"prefill {count}" for count in lengths]
     heads += [f"decode after {count}" for count in lengths]
+    heads += ["weights read, GB/s", "of what the machine reads"]
     heads += ["load, s", "load and first token, s", "peak RSS, MB", "steady RSS, MB", "disk, MB"]
     heads += ["measured with"]
     lines = [
@@ -42,6 +43,7 @@ def table(rows: list[Row]) -> str:
         cells = [row["size"], row["peer"], row["weights"]]
         cells += [spread(rates(row, count, "prefill"), 0) for count in lengths]
         cells += [spread(rates(row, count, "decode"), 1) for count in lengths]
+        cells += reading(row, lengths[0])
         cells += [spread((run[key] for run in row["runs"]), 2) for key in LOADING]
         cells += [memory(row["peaks"]), memory([run["steady"] for run in row["runs"]])]
         cells += [f"{row['disk_bytes'] / 1e6:.0f}", about(row)]
@@ -56,6 +58,18 @@ def rates(row: Row, prompt: int, part: str) -> list[float]:
     """Return `part` of every run after a prompt of this length, nothing if there was none."""
     every = (rate for run in row["runs"] for rate in run["rates"])
     return [rate[part] for rate in every if rate["prompt_tokens"] == prompt]
+
+
+def reading(row: Row, prompt: int) -> list[str]:
+    """Return the bytes of weights that decoding reads, and their share of the read bandwidth."""
+    if not row["token_bytes"]:
+        return ["", ""]
+    read = [rate * row["token_bytes"] for rate in rates(row, prompt, "decode")]
+    shares = [part / all_ for part, all_ in zip(read, row["read_bytes_per_second"], strict=True)]
+    return [
+        spread((part / 1e9 for part in read), 1),
+        f"{spread((100 * share for share in shares), 0)} %",
+    ]
 
 
 def spread(values: Iterable[float], digits: int) -> str:
@@ -81,7 +95,7 @@ def about(row: Row) -> str:
         f"{machine['cpu']}, {machine['threads']} threads of {machine['cores']}, {row['version']}, "
         f"commit {machine['commit']}, {len(row['runs'])} runs, answers of {row['decode_tokens']}, "
         f"load average {min(loads):.1f} - {max(loads):.1f}, "
-        f"reads {row['read_bytes_per_second'] / 1e9:.0f} GB/s"
+        f"reads {spread((rate / 1e9 for rate in row['read_bytes_per_second']), 0)} GB/s"
     )
 
 

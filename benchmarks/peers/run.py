@@ -42,7 +42,11 @@ PEERS = ("nestd", FEWER_BYTES, "llama.cpp", "llama.cpp, not repacked", "mistral.
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One row of the table: `measure` runs it once and returns its run, peak memory and version."""
+    """One row of the table.
+
+    `measure` runs it once and returns its run, peak memory and version; `token_bytes` of weights
+    are read for a decoded token, where that is known.
+    """
 
     peer: str
     size: str
@@ -50,6 +54,7 @@ class Contender:
     weights: str
     disk_bytes: int
     measure: Callable[[], dict[str, Any]]
+    token_bytes: int | None = None
 
     @property
     def key(self) -> list[object]:
@@ -98,7 +103,9 @@ def nestd(
 
     files = sum(file.bytes for file in bundle.manifest.files.values())
     weights = f"int{bits}, blocks of {bundle.manifest.quantization.block_size}"
-    return Contender(peer, size, bits, weights, files + prepared["disk_bytes"], measure)
+    token_bytes = bundle.manifest.submodel(size).bytes_per_token
+    disk_bytes = files + prepared["disk_bytes"]
+    return Contender(peer, size, bits, weights, disk_bytes, measure, token_bytes)
 
 
 def llama_cpp(
@@ -146,7 +153,6 @@ def measure_all(bits: int, size: str, artefacts: Artefacts, args: argparse.Names
 
     One size at a time: files of both would push each other out of the page cache.
     """
-    bandwidth = read_bandwidth(args.threads)
     rows = [
         (
             contender,
@@ -159,7 +165,8 @@ def measure_all(bits: int, size: str, artefacts: Artefacts, args: argparse.Names
                 "disk_bytes": contender.disk_bytes,
                 "machine": machine(args.threads),
                 "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
-                "read_bytes_per_second": bandwidth,
+                "token_bytes": contender.token_bytes,
+                "read_bytes_per_second": [],
                 "decode_tokens": args.decode,
                 "load averages": [],
                 "runs": [],
@@ -171,6 +178,8 @@ def measure_all(bits: int, size: str, artefacts: Artefacts, args: argparse.Names
     for number in range(args.runs):
         for contender, row in rows:
             row["load averages"].append(os.getloadavg()[0])
+            # Before every run: other tenants of a server take their part of its memory bus.
+            row["read_bytes_per_second"].append(read_bandwidth(args.threads))
             measured = contender.measure()
             row["version"] = measured["version"]
             row["runs"].append(measured["run"])

@@ -113,7 +113,8 @@ def find_gguf(directory: Path, mmproj: Path | None) -> GgufModel | None:
     text = Gguf(models[0], headers[models[0]])
     if mmproj is not None:
         return GgufModel(text, _open_towers(mmproj))
-    towers, others = [], []
+    towers: list[Path] = []
+    others: list[Path] = []
     for path in (path for path, kind in kinds.items() if kind == TOWERS_ARCHITECTURE):
         known = projectors(headers[path]) & set(PROJECTORS)
         (towers if known else others).append(path)
