@@ -54,10 +54,12 @@ def during(decoder: Decoder, act: Any, medium: bytes = PICTURE) -> RequestError:
     return caught.value
 
 
-def test_the_process_gives_what_decoding_in_place_gives(decoder: Decoder) -> None:
+@pytest.mark.parametrize("size", [64, 512])
+def test_the_process_gives_what_decoding_in_place_gives(decoder: Decoder, size: int) -> None:
+    """Whatever square a bundle was converted for."""
     limits = MediaLimits()
     np.testing.assert_array_equal(
-        decoder.image(PICTURE, 512), pixel_values(PICTURE, MediaFormat.JPEG, 512, limits)
+        decoder.image(PICTURE, size), pixel_values(PICTURE, MediaFormat.JPEG, size, limits)
     )
     ours, theirs = decoder.audio(CLIP), audio_windows(CLIP, MediaFormat.WAV, limits)
     assert [window.samples for window in ours] == [480_000, 16_000]

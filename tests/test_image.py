@@ -12,11 +12,12 @@ from PIL import Image
 from support.media import FloatArray, encoded, photo
 
 from nestd.bundle.errors import TooLarge, UnsupportedMedia
-from nestd.daemon.prompt.image import REDUCE, SIZES, pixel_values
+from nestd.daemon.prompt.image import REDUCE, pixel_values
 from nestd.daemon.prompt.media import MediaFormat, MediaLimits
 
 JPEG, PNG, WEBP = MediaFormat.JPEG, MediaFormat.PNG, MediaFormat.WEBP
 LIMITS = MediaLimits()
+SIZES = (256, 512, 768)
 
 
 def expected(picture: Image.Image, size: int = 256) -> FloatArray:

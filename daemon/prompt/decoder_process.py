@@ -42,7 +42,6 @@ from nestd.daemon.prompt.decoder_messages import (
     receive_into,
     send,
 )
-from nestd.daemon.prompt.image import SIZES
 from nestd.daemon.prompt.media import MediaKind, MediaLimits, check
 from nestd.daemon.prompt.video import VideoFrame
 
@@ -91,7 +90,7 @@ class Decoder:
         return self._process.pid if self._process else None
 
     def image(self, data: bytes, size: int, content_type: str | None = None) -> FloatArray:
-        """Return `pixel_values`, float32 [3, size, size] from 0 to 1; size is one of `SIZES`.
+        """Return `pixel_values`, float32 [3, size, size] from 0 to 1.
 
         Raises:
             RequestError: TooLarge or UnsupportedMedia for the medium; Internal or
@@ -137,8 +136,6 @@ class Decoder:
         self, kind: MediaKind, data: bytes, size: int, content_type: str | None, most: int
     ) -> list[tuple[FloatArray, float]]:
         """Return 1 to `most` arrays with their values."""
-        if kind != "audio" and size not in SIZES:
-            raise ValueError(f"size is {size}, not one of {SIZES}")
         request = {
             "kind": kind,
             "format": check(kind, data, self.limits, content_type),

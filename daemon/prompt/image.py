@@ -26,7 +26,6 @@ from nestd.daemon.prompt.media import MediaFormat, MediaLimits, broken, check_pi
 if TYPE_CHECKING:
     from PIL import Image
 
-SIZES = (256, 512, 768)
 # A JPEG may be decoded at reduced scale while that leaves at least this many times the pixels of
 # the square along each side. Measured against the full decode in 8-bit steps, a portrait / noise
 # with hard edges: at 2.5 mean 0.2 / 0.9, 99 % within 2 / 4; at 2 (Pillow's thumbnails) mean 0.3 /
@@ -43,7 +42,7 @@ def pixel_values(
     Args:
         data: the encoded file.
         kind: its format, from `media.check`; no other decoder is tried.
-        size: side of the square, one of `SIZES`.
+        size: side of the square, one of the bundle's.
         limits: `pixels` is compared with the header before anything is decoded.
 
     Returns:
