@@ -18,8 +18,8 @@ COLOURS = {
 }
 
 
-def table(rows: list[Row]) -> str:
-    """Return the rows as Markdown, medians with the least and the most."""
+def table(rows: list[Row], name: str) -> str:
+    """Return the rows as Markdown beside the picture `name`.svg: medians, the least and the most."""
     lengths = sorted({rate["prompt_tokens"] for row in rows for rate in row["runs"][0]["rates"]})
     heads = ["size", "", "weights"]
     heads += [f"prefill {count}" for count in lengths]
@@ -30,11 +30,13 @@ def table(rows: list[Row]) -> str:
     lines = [
         "# nestd beside other runtimes",
         "",
-        "`python benchmarks/peers/run.py`; [docs/benchmarks.md](../../docs/benchmarks.md) says",
+        "`python benchmarks/peers/run.py`; [the benchmarks' page](../benchmarks.md) says",
         "what each figure means. Random weights: speed, memory and bytes only. Tokens per second;",
         "medians (least - most). RSS is anonymous + file-backed, at its peak the most of each.",
         "nestd's two sizes are one bundle; its bytes on disk, prepared weights included, stand in",
         "both rows.",
+        "",
+        f"![Prefill, decode and memory of each]({name}.svg)",
         "",
         f"| {' | '.join(heads)} |",
         "|---" * len(heads) + "|",

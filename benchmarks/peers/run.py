@@ -9,7 +9,7 @@ fewer bytes" is nestd with --sparse-rows and --lm-head-screen. --bits 16 is tran
 bfloat16.
 
 Every run is a process of its own; the peers take turns, so that a slow minute is everybody's.
-Writes benchmarks/results/peers.json, .md and .svg after each round; rows of an earlier run stay
+Writes docs/peers/peers.json, .md and .svg after each round; rows of an earlier run stay
 unless they are measured again. The machine should do nothing else.
 """
 
@@ -35,7 +35,7 @@ from nestd.bundle.manifest import Bundle
 from nestd.cli.bench_measure import Task, in_child, read_bandwidth, watched
 
 sys.path.append(str(HERE.parent))
-from real_shape import RESULTS, machine
+from real_shape import machine
 
 PEERS = ("nestd", FEWER_BYTES, "llama.cpp", "llama.cpp, not repacked", "mistral.rs", "transformers")
 
@@ -185,21 +185,21 @@ def measure_all(bits: int, size: str, artefacts: Artefacts, args: argparse.Names
             row["runs"].append(measured["run"])
             row["peaks"].append(measured["peak"])
             print(f"{contender.key}: {measured['run']['rates']}", file=sys.stderr)
-        write([row for _, row in rows], args.out)
+        write([row for _, row in rows], args.out, args.name)
         print(f"{size}, {bits} bits: round {number + 1} of {args.runs}", file=sys.stderr)
 
 
-def write(rows: list[dict[str, Any]], out: Path) -> None:
-    """Write the results: these rows in place of earlier ones of the same name."""
+def write(rows: list[dict[str, Any]], out: Path, name: str) -> None:
+    """Write the results: these rows in place of earlier ones of the same key."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "peers.json"
+    path = out / f"{name}.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     names = [row["key"] for row in rows]
     rows = [*(row for row in known if row["key"] not in names), *rows]
     rows.sort(key=lambda row: (row["size"], row["bits"], PEERS.index(row["peer"])))
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    (out / "peers.md").write_text(table(rows), encoding="utf-8")
-    plot(rows, out / "peers.svg")
+    (out / f"{name}.md").write_text(table(rows, name), encoding="utf-8")
+    plot(rows, out / f"{name}.svg")
 
 
 def given_bundle(text: str) -> tuple[int, Path]:
@@ -239,7 +239,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False))
     parser.add_argument("--keep-less", action="store_true", help="remove what is no longer needed")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "peers")
+    parser.add_argument("--name", default="peers", help="of the results' files")
     args = parser.parse_args()
     own_prepared = args.prepared is None
     args.prepared = args.prepared or args.work / "prepared"
@@ -253,7 +254,7 @@ def main() -> None:
                 shutil.rmtree(args.prepared, ignore_errors=True)
     if args.keep_less:
         artefacts.drop_checkpoints()
-    print(table(json.loads((args.out / "peers.json").read_text(encoding="utf-8"))))
+    print((args.out / f"{args.name}.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
