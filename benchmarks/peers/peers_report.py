@@ -19,7 +19,7 @@ COLOURS = {
 
 
 def table(rows: list[Row], name: str) -> str:
-    """Return the rows as Markdown beside the picture `name`.svg: medians, the least and the most."""
+    """Return the rows as Markdown: medians (least - most). `name`.svg lies beside it."""
     lengths = sorted({rate["prompt_tokens"] for row in rows for rate in row["runs"][0]["rates"]})
     heads = ["size", "", "weights"]
     heads += [f"prefill {count}" for count in lengths]
