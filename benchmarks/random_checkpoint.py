@@ -112,7 +112,9 @@ def write_weights(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
         write_shard(path / file, shard, pool)
         weight_map |= dict.fromkeys(shard, file)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    # transformers wants the key, whatever is in it.
+    index = {"metadata": {}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def write_checkpoint(name: str, path: Path) -> None:
