@@ -23,11 +23,14 @@ def effective_params(model: ModelConfig, item: Slice) -> int:
         if layer in item.skipped_layers:
             continue
         total += _layer_params(model, layer)
-        active = model.nested_intermediate_size
-        if layer in item.wide_layers:
-            active = model.intermediate_size[layer]
-        total += 3 * hidden * active
+        total += 3 * hidden * _active_width(model, item, layer)
     return total
+
+
+def _active_width(model: ModelConfig, item: Slice, layer: int) -> int:
+    """Return the feed-forward width at which `item` runs a layer."""
+    wide = layer in item.wide_layers
+    return model.intermediate_size[layer] if wide else model.nested_intermediate_size
 
 
 def _layer_params(model: ModelConfig, layer: int) -> int:
@@ -76,7 +79,6 @@ def _idle_bytes(model: ModelConfig, quantization: Quantization, item: Slice) -> 
     total = 0.0
     for layer, sparsity in enumerate(model.activation_sparsity_pattern):
         if sparsity > 0 and layer not in item.skipped_layers:
-            wide = layer in item.wide_layers
-            width = model.intermediate_size[layer] if wide else model.nested_intermediate_size
+            width = _active_width(model, item, layer)
             total += 2 * model.hidden_size * width * (whole + sparsity)
     return int(total)

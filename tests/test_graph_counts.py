@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx
 import pytest
+from support.onnx_graphs import branches, graphs
 from support.tiny import write_checkpoint
 
 from nestd.bundle.manifest import Bundle, Submodel
@@ -33,17 +34,6 @@ def e4b(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def load(bundle: Bundle, name: str = "decoder") -> onnx.GraphProto:
     return onnx.load(bundle.file(f"{name}.onnx"), load_external_data=False).graph
-
-
-def branches(node: onnx.NodeProto) -> dict[str, onnx.GraphProto]:
-    return {item.name: item.g for item in node.attribute if item.HasField("g")}
-
-
-def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for branch in branches(node).values():
-            yield from graphs(branch)
 
 
 def tail_layer(bundle: Bundle, layer: int, name: str = "decoder") -> dict[str, onnx.GraphProto]:

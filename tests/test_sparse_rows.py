@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from support.onnx_graphs import graphs
 from support.tiny import write_checkpoint
 
 from nestd.bundle.errors import CheckpointError
@@ -55,9 +55,9 @@ def make(checkpoint: Path, root: pytest.TempPathFactory, sparse: bool, bits: Any
 
 def logits(bundle: Bundle, submodel: Submodel, ids: Any = IDS) -> Any:
     """Logits of each id, decoded one by one."""
-    graphs = Graphs(bundle, EngineOptions(threads=1))
-    cache = graphs.new_cache(64)
-    return np.stack([graphs.run(ids[at : at + 1], cache, submodel, True) for at in range(len(ids))])
+    engine = Graphs(bundle, EngineOptions(threads=1))
+    cache = engine.new_cache(64)
+    return np.stack([engine.run(ids[at : at + 1], cache, submodel, True) for at in range(len(ids))])
 
 
 def nearness(values: Any, others: Any) -> float:
@@ -79,8 +79,8 @@ def test_a_decoded_token_has_the_logits_of_the_whole_feed_forward(
 def test_a_chunk_of_a_prompt_runs_the_whole_feed_forward(bundles: dict[bool, Bundle]) -> None:
     values = []
     for bundle in bundles.values():
-        graphs = Graphs(bundle, EngineOptions(threads=1))
-        values.append(graphs.run(IDS, graphs.new_cache(64), bundle.manifest.submodels[-1], True))
+        engine = Graphs(bundle, EngineOptions(threads=1))
+        values.append(engine.run(IDS, engine.new_cache(64), bundle.manifest.submodels[-1], True))
     np.testing.assert_allclose(*values, rtol=0, atol=1e-4)
 
 
@@ -117,23 +117,15 @@ def test_a_gate_without_a_channel_above_its_cutoff_adds_nothing(
     assert nearness(*values) > 0.999
 
 
-def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from graphs_of(attribute.g)
-
-
 def test_the_manifest_says_what_a_token_reads(bundles: dict[bool, Bundle]) -> None:
     for item in bundles[False].manifest.submodels:
         assert item.token_bytes is None
     graph = onnx.load(bundles[True].file("decoder.onnx"), load_external_data=False).graph
     dense = sum(
         int(entry.value)
-        for part in graphs_of(graph)
+        for part in graphs(graph)
         if part.name.endswith(".dense")
-        for inner in graphs_of(part)
+        for inner in graphs(part)
         for tensor in inner.initializer
         for entry in tensor.external_data
         if entry.key == "length"
@@ -147,7 +139,7 @@ def test_the_manifest_says_what_a_token_reads(bundles: dict[bool, Bundle]) -> No
 
 def test_operators_of_the_channels_that_count(bundles: dict[bool, Bundle]) -> None:
     graph = onnx.load(bundles[True].file("decoder.onnx"), load_external_data=False).graph
-    counts = [len(part.node) for part in graphs_of(graph) if part.name.endswith(".sparse")]
+    counts = [len(part.node) for part in graphs(graph) if part.name.endswith(".sparse")]
     assert len(counts) == SPARSE
     assert max(counts) <= 42
 
@@ -166,8 +158,8 @@ def test_mapped_tables_belong_to_the_halves_of_their_layers(
         submodel = bundle.manifest.submodel(size)
         mapped.retain(submodel)
         values = [
-            graphs.run(IDS[:1], graphs.new_cache(64), submodel, need_logits=True)
-            for graphs in (mapped, Graphs(bundle, EngineOptions(threads=1)))
+            engine.run(IDS[:1], engine.new_cache(64), submodel, need_logits=True)
+            for engine in (mapped, Graphs(bundle, EngineOptions(threads=1)))
         ]
         np.testing.assert_allclose(*values, atol=1e-4, rtol=0)
 

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from artefacts import FEWER_BYTES
+
 Row = dict[str, Any]
 COLOURS = {
     "nestd": "#2a6f97",
-    "nestd, fewer bytes": "#61a5c2",
+    FEWER_BYTES: "#61a5c2",
     "llama.cpp": "#c77d3c",
     "llama.cpp, not repacked": "#e3b587",
     "mistral.rs": "#6b8f47",
